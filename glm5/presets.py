@@ -1,0 +1,127 @@
+"""The published sizes of the GLM-4.5 to GLM-5.3 family, as `config.json` mappings.
+
+Values are those of the published configs; keys that every release shares are written once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_EOS_45 = {"eos_token_id": [151329, 151336, 151338], "pad_token_id": 151329}
+_EOS_5 = {"eos_token_id": [154820, 154827, 154829], "pad_token_id": 154820}
+
+_GLM_5: dict[str, Any] = {
+    "model_type": "glm_moe_dsa",
+    "vocab_size": 154880,
+    "hidden_size": 6144,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 78,
+    "first_k_dense_replace": 3,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "q_lora_rank": 2048,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "index_topk": 2048,
+    "index_n_heads": 32,
+    "index_head_dim": 128,
+    "num_nextn_predict_layers": 1,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 202752,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    "dtype": "bfloat16",
+    **_EOS_5,
+}
+_GLM_5_2: dict[str, Any] = {
+    **_GLM_5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 8_000_000.0},
+    "max_position_embeddings": 1048576,
+    "index_topk_freq": 4,
+    "index_skip_topk_offset": 3,
+    "index_share_for_mtp_iteration": True,
+}
+_GLM_4_5: dict[str, Any] = {
+    "model_type": "glm4_moe",
+    "vocab_size": 151552,
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 92,
+    "first_k_dense_replace": 3,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "n_routed_experts": 160,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 1,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1_000_000.0,
+        "partial_rotary_factor": 0.5,
+    },
+    "dtype": "bfloat16",
+    **_EOS_45,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "glm-5": _GLM_5,
+    "glm-5.1": _GLM_5,
+    "glm-5.2": _GLM_5_2,
+    "glm-5.3": _GLM_5_2,
+    "glm-4.5": _GLM_4_5,
+    "glm-4.6": {**_GLM_4_5, "max_position_embeddings": 202752},
+    "glm-4.7": {**_GLM_4_5, "max_position_embeddings": 202752},
+    "glm-4.5-air": {
+        **_GLM_4_5,
+        "hidden_size": 4096,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 46,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 128,
+        "routed_scaling_factor": 1.0,
+        "use_qk_norm": False,
+    },
+    "glm-4.7-flash": {
+        "model_type": "glm4_moe_lite",
+        "vocab_size": 154880,
+        "hidden_size": 2048,
+        "intermediate_size": 10240,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 47,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 20,
+        "q_lora_rank": 768,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 192,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 256,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 1.8,
+        "num_nextn_predict_layers": 1,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 202752,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        "dtype": "bfloat16",
+        **_EOS_5,
+    },
+}
