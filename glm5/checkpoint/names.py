@@ -1,0 +1,83 @@
+"""The only place that knows how our parameters are called in published checkpoints.
+
+Ours differ in two things: the experts of a layer are one tensor (on disk: one per expert and
+projection), and the MTP layers are `mtp.k` (on disk: `model.layers.{num_hidden_layers + k}`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from glm5.config import ModelConfig
+from glm5.model.transformer import GlmForCausalLM
+
+
+class Piece(NamedTuple):
+    """A tensor on disk and where it lies in the model: `parameter` itself or a part of it."""
+
+    name: str  # on disk
+    parameter: str  # in the model
+    part: tuple[int | slice, ...]  # index into the parameter; () is all of it
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor[self.part] if self.part else tensor
+
+
+def state_tensors(model: GlmForCausalLM) -> dict[str, Tensor]:
+    """Parameters and saved buffers by our names; a tied head is left out."""
+    tensors = dict(model.state_dict(keep_vars=True))
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    return tensors
+
+
+def pieces(model: GlmForCausalLM) -> Iterator[Piece]:
+    """Every tensor of the checkpoint in layer order; an expert's gate, up, down side by side."""
+    config = model.config
+    tensors = state_tensors(model)
+    for name, tensor in tensors.items():
+        if name.endswith(".mlp.experts.gate_up_proj"):
+            yield from _expert_pieces(disk_name(name, config), name, tensor.shape[0], tensor.shape[1] // 2)
+        elif not name.endswith(".mlp.experts.down_proj"):
+            yield Piece(disk_name(name, config), name, ())
+
+
+def _expert_pieces(disk: str, name: str, experts: int, width: int) -> Iterator[Piece]:
+    bank = disk.removesuffix(".gate_up_proj")
+    down = name.removesuffix("gate_up_proj") + "down_proj"
+    for expert in range(experts):
+        yield Piece(f"{bank}.{expert}.gate_proj.weight", name, (expert, slice(0, width)))
+        yield Piece(f"{bank}.{expert}.up_proj.weight", name, (expert, slice(width, 2 * width)))
+        yield Piece(f"{bank}.{expert}.down_proj.weight", down, (expert,))
+
+
+def disk_name(name: str, config: ModelConfig) -> str:
+    """`mtp.0.eh_proj.weight` is `model.layers.78.eh_proj.weight` on disk."""
+    match = re.fullmatch(r"mtp\.(\d+)\.(.+)", name)
+    if not match:
+        return name
+    return f"model.layers.{config.num_hidden_layers + int(match[1])}.{match[2]}"
+
+
+def fused_name(piece: Piece, config: ModelConfig) -> str | None:
+    """The name of the whole bank, for files that store a layer's experts as one tensor."""
+    return disk_name(piece.parameter, config) if piece.part else None
+
+
+def is_mtp(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor on disk belongs to an MTP layer."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return match is not None and int(match[1]) >= config.num_hidden_layers
+
+
+def is_borrowed(name: str, config: ModelConfig) -> bool:
+    """A copy of something the model has already: MTP embeddings and head, tied head, rotary table."""
+    if name == "lm_head.weight":
+        return config.tie_word_embeddings
+    if name.endswith(".rotary_emb.inv_freq"):
+        return True
+    return is_mtp(name, config) and name.endswith((".embed_tokens.weight", ".shared_head.head.weight"))

@@ -1,0 +1,224 @@
+"""One safetensors file: a header that is checked before it is believed, and tensors read in place.
+
+The official library maps whole files; here a tensor's bytes go straight into the memory where they
+will stay, so that loading needs the model and no second copy. Layout: u64 header length, JSON
+header, data; offsets count from the end of the header (safetensors format, README).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm5.errors import CheckpointError
+
+# The official reader's own limit.
+MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 8
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the header says of a tensor; `start` and `end` are byte positions in the file."""
+
+    name: str
+    dtype_name: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype_name]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.start
+
+
+class SafetensorsFile:
+    """A safetensors file open for reading.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, or its header contradicts itself; the
+            message names the file, the tensor and the byte.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor by name, in file order, checked against the file's size."""
+        try:
+            size = self.path.stat().st_size
+            with self.path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                    raise CheckpointError(
+                        f"{self.path}: the header says it is {length} bytes long, the file has {size}; "
+                        "download it again"
+                    )
+                raw = file.read(length)
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.path}: no such file; download it again") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from None
+        return self._checked(self._parsed(raw), 8 + length, size)
+
+    def _parsed(self, raw: bytes) -> dict[str, Any]:
+        def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            found = dict(pairs)
+            if len(found) != len(pairs):
+                names = [name for name, _ in pairs]
+                twice = next(name for name in names if names.count(name) > 1)
+                raise CheckpointError(f"{self.path}: the header names {twice!r} twice; do not use this file")
+            return found
+
+        try:
+            header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}: the header is not JSON ({error}); download it again") from None
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{self.path}: the header is a JSON {type(header).__name__}, not an object")
+        header.pop("__metadata__", None)
+        return header
+
+    def _checked(self, header: dict[str, Any], data_start: int, size: int) -> dict[str, TensorInfo]:
+        tensors = sorted((self._info(name, entry, data_start) for name, entry in header.items()),
+                         key=lambda info: (info.start, info.end))  # fmt: skip
+        position = data_start
+        for info in tensors:
+            if info.start != position:
+                raise CheckpointError(
+                    f"{self.path}: {info.name} starts at byte {info.start}, the data before it ends at "
+                    f"{position}; the header is wrong, download it again"
+                )
+            position = info.end
+        if position != size:
+            raise CheckpointError(
+                f"{self.path}: the header says {position} bytes, the file has {size}; download it again"
+            )
+        return {info.name: info for info in tensors}
+
+    def _info(self, name: str, entry: Any, data_start: int) -> TensorInfo:
+        def refuse(what: str) -> CheckpointError:
+            return CheckpointError(f"{self.path}: {name}: {what}; download it again")
+
+        if not isinstance(entry, dict):
+            raise refuse("its header entry is not an object")
+        dtype_name, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if dtype_name not in DTYPES:
+            raise refuse(f"dtype {dtype_name!r} is unknown")
+        if not _is_counts(shape) or len(shape) > MAX_DIMENSIONS:
+            raise refuse(f"shape {shape!r} is not a list of sizes")
+        if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise refuse(f"data_offsets {offsets!r} are not two rising positions")
+        needed = DTYPES[dtype_name].itemsize
+        for extent in shape:
+            needed *= extent
+        if needed != offsets[1] - offsets[0]:
+            raise refuse(
+                f"{dtype_name} {shape} needs {needed} bytes, its offsets hold {offsets[1] - offsets[0]}"
+            )
+        return TensorInfo(name, dtype_name, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in the stored dtype, on the CPU."""
+        info = self.tensors[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        self.read_into(name, tensor)
+        return tensor
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Fill `target` (CPU, contiguous, the stored dtype and element count) with a tensor's bytes."""
+        info = self.tensors[name]
+        assert target.is_contiguous() and target.dtype == info.dtype and target.device.type == "cpu"
+        view = target.view(-1).view(torch.uint8).numpy().data.cast("B") if info.num_bytes else memoryview(b"")
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(info.start)
+            done = 0
+            while done < info.num_bytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise CheckpointError(
+                        f"{self.path}: ends inside {name} at byte {info.start + done}; download it again"
+                    )
+                done += count
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value
+    )
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to be written: its header entry now, its values when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    values: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        count = self.dtype.itemsize
+        for extent in self.shape:
+            count *= extent
+        return count
+
+
+def write_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> None:
+    """Write a file holding one tensor's values in memory at a time. Not atomic by itself.
+
+    The header is padded so that the data begins at a multiple of 8 bytes.
+    """
+    planned = list(tensors)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in planned:
+        end = position + tensor.num_bytes
+        header[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little"))
+        file.write(raw)
+        for tensor in planned:
+            values = tensor.values().detach().to("cpu").contiguous()
+            assert values.dtype == tensor.dtype and tuple(values.shape) == tensor.shape, tensor.name
+            if values.numel():
+                file.write(values.view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
