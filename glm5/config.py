@@ -25,6 +25,8 @@ ARCHITECTURES = {
 }
 # A larger config.json is not a config: the largest published one is about 30 KB.
 MAX_CONFIG_BYTES = 8 << 20
+# Ten times the deepest published model; a number beyond it is a mistake, or meant to exhaust memory.
+MAX_LAYERS = 1000
 
 _ALIASES = {
     "num_experts": "n_routed_experts",
@@ -134,6 +136,7 @@ class ModelConfig:
             raise ConfigError(
                 f"model_type {self.model_type!r} is not supported; use one of {', '.join(MODEL_TYPES)}"
             )
+        self._validate_depth()  # before any list of that length is made
         if self.index_topk is not None and self.indexer_types is None:
             object.__setattr__(self, "indexer_types", _indexer_schedule(self))
         if self.mlp_layer_types is None:
@@ -183,7 +186,7 @@ class ModelConfig:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file; a checkpoint directory needs one") from None
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, endless number
             raise ConfigError(f"{path}: not valid JSON ({error}); download it again") from None
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
@@ -255,6 +258,8 @@ class ModelConfig:
             rope["partial_rotary_factor"] = self.partial_rotary_factor
             out["partial_rotary_factor"] = self.partial_rotary_factor
             out["head_dim"] = self.attention_head_dim
+        if self.model_type == "glm_moe_dsa" and self.index_topk is None:
+            out["index_topk"] = None  # left out, it would be read as the default
         out["rope_parameters"] = rope
         out["rope_theta"] = self.rope_theta
         out["architectures"] = [ARCHITECTURES[self.model_type]]
@@ -422,8 +427,19 @@ class ModelConfig:
 
     # ---------------------------------------------------------------- validation
 
+    def _validate_depth(self) -> None:
+        layers, dense = self.num_hidden_layers, self.first_k_dense_replace
+        if not 0 < layers <= MAX_LAYERS:
+            raise ConfigError(f"num_hidden_layers is {layers}; it must be 1 to {MAX_LAYERS}")
+        if dense < 0:
+            raise ConfigError(f"first_k_dense_replace is {dense}; it must not be negative")
+        if not 0 <= self.num_nextn_predict_layers <= MAX_LAYERS:
+            raise ConfigError(
+                f"num_nextn_predict_layers is {self.num_nextn_predict_layers}; it must be 0 to {MAX_LAYERS}"
+            )
+
     def _validate(self) -> None:
-        positive = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
+        positive = ["vocab_size", "hidden_size", "num_attention_heads"]
         positive += ["num_key_value_heads", "max_position_embeddings"]
         if self.num_dense_layers or "dense" in (self.mlp_layer_types or ()):
             positive.append("intermediate_size")
@@ -438,12 +454,20 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value <= 0:
                 raise ConfigError(f"{name} is {value!r}; it must be a positive integer")
-        for name in ("rms_norm_eps", "rope_theta"):
+        for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "latent_norm_eps"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} is {value!r}; it must be a positive number")
-        if self.n_shared_experts < 0:
-            raise ConfigError(f"n_shared_experts is {self.n_shared_experts}; it must not be negative")
+        for name in ("n_shared_experts", "qk_nope_head_dim", "initializer_range"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{name} is {value!r}; it must not be negative")
+        if self.head_dim is not None and self.head_dim <= 0:
+            raise ConfigError(f"head_dim is {self.head_dim}; it must be a positive integer")
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise ConfigError(f"partial_rotary_factor is {self.partial_rotary_factor}; it must be in (0, 1]")
+        if self.attention_dropout != 0:
+            raise ConfigError(f"attention_dropout is {self.attention_dropout}; only 0 is supported")
         if self.hidden_act != "silu":
             raise ConfigError(f"hidden_act is {self.hidden_act!r}; only silu is supported")
         if self.attention_mask_type not in ("causal", "prefix"):
@@ -458,6 +482,8 @@ class ModelConfig:
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         self._validate_layer_lists()
+        if self.model_type == "glm4_moe" and "dense" in (self.mlp_layer_types or ())[self.num_dense_layers :]:
+            raise ConfigError("mlp_layer_types has a dense layer after a sparse one; glm4_moe cannot say so")
         if self.num_sparse_layers or self.num_nextn_predict_layers:
             self._validate_experts()
         if self.uses_dsa and self.index_head_dim < self.qk_rope_head_dim:
@@ -467,7 +493,10 @@ class ModelConfig:
             )
 
     def _validate_layer_lists(self) -> None:
-        for name, allowed in (("mlp_layer_types", {"dense", "sparse"}), ("indexer_types", {"full", "shared"})):
+        for name, allowed in (
+            ("mlp_layer_types", {"dense", "sparse"}),
+            ("indexer_types", {"full", "shared"}),
+        ):
             kinds = getattr(self, name)
             if kinds is None:
                 continue
@@ -475,7 +504,7 @@ class ModelConfig:
                 raise ConfigError(
                     f"{name} has {len(kinds)} entries, num_hidden_layers is {self.num_hidden_layers}"
                 )
-            wrong = next((k for k in kinds if k not in allowed), None)
+            wrong = next((k for k in kinds if not isinstance(k, str) or k not in allowed), None)
             if wrong is not None:
                 raise ConfigError(f"{name} has an entry {wrong!r}; allowed are {', '.join(sorted(allowed))}")
         if self.uses_dsa and self.indexer_types and self.indexer_types[0] != "full":
@@ -501,9 +530,10 @@ class ModelConfig:
                 f"num_experts_per_tok {self.num_experts_per_tok} is more than the "
                 f"{self.topk_group * per_group} experts of topk_group {self.topk_group} groups"
             )
-        scoring = self.extra.get("scoring_func", "sigmoid")
-        if scoring != "sigmoid":
-            raise ConfigError(f"scoring_func is {scoring!r}; only sigmoid is supported")
+        for key, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
+            value = self.extra.get(key, only)
+            if value != only:
+                raise ConfigError(f"{key} is {value!r}; only {only} is supported")
 
 
 def _indexer_schedule(config: ModelConfig) -> tuple[str, ...]:
@@ -516,8 +546,12 @@ def _indexer_schedule(config: ModelConfig) -> tuple[str, ...]:
             return tuple(letters[entry] for entry in pattern)
         except (KeyError, TypeError):
             raise ConfigError(f"index_topk_pattern {pattern!r} may hold only F and S") from None
-    freq = max(int(extra.get("index_topk_freq") or 1), 1)
-    offset = int(extra.get("index_skip_topk_offset", 2))
+    freq, offset = extra.get("index_topk_freq"), extra.get("index_skip_topk_offset")
+    freq, offset = 1 if freq is None else freq, 2 if offset is None else offset
+    for name, value in (("index_topk_freq", freq), ("index_skip_topk_offset", offset)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ConfigError(f"{name} is {value!r}; it must be an integer >= 0")
+    freq = max(freq, 1)
     return tuple("full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(layers))
 
 
@@ -545,6 +579,9 @@ def _typed(name: str, annotation: Any, value: Any) -> Any:
             return None
         raise ConfigError(f"{name} is null; it needs a value")
     if "tuple" in kind and isinstance(value, (list, tuple)):
+        member = int if "tuple[int" in kind else str
+        if not all(isinstance(item, member) and not isinstance(item, bool) for item in value):
+            raise ConfigError(f"{name} is {value!r}; expected a list of {member.__name__}")
         return tuple(value)
     if kind.startswith("bool"):
         ok = isinstance(value, bool)
@@ -552,7 +589,10 @@ def _typed(name: str, annotation: Any, value: Any) -> Any:
         ok = isinstance(value, int) and not isinstance(value, bool)
     elif kind.startswith("float"):
         ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-        value = float(value) if ok else value
+        try:
+            value = float(value) if ok else value
+        except OverflowError:
+            raise ConfigError(f"{name} is too large a number") from None
     elif kind.startswith("str"):
         ok = isinstance(value, str)
     else:

@@ -241,6 +241,17 @@ class Tokenizer:
         # alone is never a control token, so this is text for certain.
         return [i for character in text for i in self._ids(self._text_backend, character)]
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many plain texts, on all cores."""
+        try:
+            rows = self._text_backend.encode_batch(list(texts), add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            return [self.encode(text) for text in texts]  # names the character that is wrong
+        return [
+            row.ids if self._control_id_set.isdisjoint(row.ids) else self.encode(text)
+            for row, text in zip(rows, texts, strict=True)
+        ]
+
     def _ids(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
         try:
             ids: list[int] = backend.encode(text, add_special_tokens=False).ids

@@ -60,6 +60,9 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(self.num_heads * self.value_dim, hidden, bias=bias)
         self.indexer = Indexer(config) if config.has_indexer(layer) else None
         self.uses_dsa = config.uses_dsa
+        # For the indexer's loss: the latest input, when it is asked for.
+        self.record_input = False
+        self.last_input: Tensor | None = None
 
     def forward(
         self,
@@ -70,6 +73,8 @@ class MultiHeadLatentAttention(nn.Module):
         selection: Selection | None = None,
     ) -> tuple[Tensor, Selection | None]:
         """Attend; returns the output [B, T, D] and the selection for the layers that share it."""
+        if self.record_input:
+            self.last_input = x_BTD.detach()
         q_latent, q_nope, q_rope = self._queries(x_BTD, angles)
         latents_BSC = self._latents(x_BTD, angles)
         if cache is not None:
@@ -85,13 +90,28 @@ class MultiHeadLatentAttention(nn.Module):
             heads_out = self._expanded(q_nope, q_rope, latents_BSC, visible, selection)
         return self.o_proj(heads_out.flatten(2)), selection
 
+    def query_latent(self, x_BTD: Tensor) -> Tensor:
+        """The normalised query latent [B, T, q_lora_rank], which the indexer reads too."""
+        assert self.q_a_proj is not None
+        return self.q_a_layernorm(self.q_a_proj(x_BTD))
+
+    def probabilities(self, x_BTD: Tensor, angles: Rotation, mask_BTS: Tensor) -> Tensor:
+        """Attention weights [B, H, T, S] of an uncached pass: what an indexer learns to foresee."""
+        _, q_nope, q_rope = self._queries(x_BTD, angles)
+        latent, k_rope = self._latents(x_BTD, angles).split([self.latent_dim, self.rotary_dim], dim=-1)
+        kv = self.kv_b_proj(latent).view(*x_BTD.shape[:2], self.num_heads, -1)
+        scores = torch.einsum("bthd,bshd->bhts", q_nope.float(), kv[..., : self.nope_dim].float())
+        scores = scores + torch.einsum("bthr,bsr->bhts", q_rope.float(), k_rope.float())
+        scores = (scores * self.scale).masked_fill(~mask_BTS.unsqueeze(1), float("-inf"))
+        return scores.softmax(dim=-1)
+
     def _queries(self, x_BTD: Tensor, angles: Rotation) -> tuple[Tensor | None, Tensor, Tensor]:
         batch, num_queries, _ = x_BTD.shape
         q_latent = None
         if self.q_a_proj is None:
             q = self.q_proj(x_BTD)
         else:
-            q_latent = self.q_a_layernorm(self.q_a_proj(x_BTD))
+            q_latent = self.query_latent(x_BTD)
             q = self.q_b_proj(q_latent)
         q = q.view(batch, num_queries, self.num_heads, self.nope_dim + self.rotary_dim)
         nope, rope = q.split([self.nope_dim, self.rotary_dim], dim=-1)

@@ -82,7 +82,11 @@ class ExpertBank(nn.Module):
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """sum_k weight_k * down(silu(gate x) * up x), [T, D]."""
         small = self.gate_up_proj[0].numel() <= SMALL_EXPERT_WEIGHTS
-        if small and x_TD.shape[0] * topk_ids_TK.shape[1] <= EXPERTS_PER_BUCKET and not torch.is_grad_enabled():
+        if (
+            small
+            and x_TD.shape[0] * topk_ids_TK.shape[1] <= EXPERTS_PER_BUCKET
+            and not torch.is_grad_enabled()
+        ):
             return self._few_tokens(x_TD, topk_ids_TK, topk_weights_TK)
         if small:
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_TD.dtype
@@ -234,9 +238,7 @@ class BucketedExperts(torch.autograd.Function):
         for rows, experts, shape in _walk(ctx.spans):
             grad_out = grad_out_PD[rows].view(*shape, hidden)
             torch.bmm(grad_out, down[experts], out=grad_act_PI[rows].view(*shape, width))
-            torch.bmm(
-                grad_out.transpose(1, 2), act_PI[rows].view(*shape, width), out=grad_down[experts]
-            )
+            torch.bmm(grad_out.transpose(1, 2), act_PI[rows].view(*shape, width), out=grad_down[experts])
         grad_gate = grad_act_PI * up * (sigmoid + silu * (1 - sigmoid))
         grad_gate_up_PF = torch.cat((grad_gate, grad_act_PI * silu), dim=-1)
         grad_rows_PD = grad_out_PD  # its memory is free again
@@ -244,9 +246,7 @@ class BucketedExperts(torch.autograd.Function):
         for rows, experts, shape in _walk(ctx.spans):
             grad = grad_gate_up_PF[rows].view(*shape, -1)
             torch.bmm(grad, gate_up[experts], out=grad_rows_PD[rows].view(*shape, hidden))
-            torch.bmm(
-                grad.transpose(1, 2), rows_PD[rows].view(*shape, hidden), out=grad_gate_up[experts]
-            )
+            torch.bmm(grad.transpose(1, 2), rows_PD[rows].view(*shape, hidden), out=grad_gate_up[experts])
         grad_x = grad_rows_PD.index_select(0, buckets.row_of_TK).view(tokens, k, hidden).sum(dim=1)
         gate_up_shape, down_shape, dtype = ctx.weight_shapes
         full_gate_up = torch.zeros(gate_up_shape, dtype=dtype, device=grad_x.device)

@@ -52,9 +52,7 @@ class DecoderLayer(nn.Module):
         cache: Any | None,
         selection: Selection | None,
     ) -> tuple[Tensor, Selection | None]:
-        attended, selection = self.self_attn(
-            self.input_layernorm(x_BTD), angles, visible, cache, selection
-        )
+        attended, selection = self.self_attn(self.input_layernorm(x_BTD), angles, visible, cache, selection)
         x_BTD = x_BTD + attended
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), selection
 
@@ -65,9 +63,7 @@ class GlmModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(

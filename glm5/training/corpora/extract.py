@@ -42,9 +42,7 @@ _QUOTES = {"「": "“", "」": "”", "『": "‘", "』": "’", "﹁": "“",
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def documents(
-    source: Source, root: Path, simplified: dict[int, str] | None = None
-) -> Iterator[str]:
+def documents(source: Source, root: Path, simplified: dict[int, str] | None = None) -> Iterator[str]:
     """The documents of one source, ready for training, up to its cap."""
     extractor = EXTRACTORS[source.extractor]
     budget = int(source.cap_mb * 1_000_000)
@@ -205,8 +203,7 @@ def china_law(root: Path) -> list[str]:
         for law, chapter, number, text in rows:
             chapters[law, chapter or ""].append(f"{number or ''} {text}".strip())
     return _sampled(
-        "\n".join(filter(None, [law, chapter, *articles]))
-        for (law, chapter), articles in chapters.items()
+        "\n".join(filter(None, [law, chapter, *articles])) for (law, chapter), articles in chapters.items()
     )
 
 

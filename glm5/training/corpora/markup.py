@@ -381,9 +381,7 @@ def _roff_macro(line: str) -> tuple[str, list[str]]:
     if line[:1] not in (".", "'") or line[:2] == "'\"":
         return "", []
     name, _, rest = line[1:].strip().partition(" ")
-    arguments = [
-        unescape_roff(bare or quoted.replace('""', '"')) for quoted, bare in _ARGUMENT.findall(rest)
-    ]
+    arguments = [unescape_roff(bare or quoted.replace('""', '"')) for quoted, bare in _ARGUMENT.findall(rest)]
     return name or "ignored", arguments
 
 
