@@ -36,28 +36,33 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 def block_quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[out, in] to (e4m3 [out, in], fp32 scales [ceil(out/128), ceil(in/128)]).
 
-    A block's largest magnitude lands on 448; an all-zero block gets scale 1.
+    A block's largest magnitude lands on 448; an all-zero block gets scale 1. Scales are normal
+    numbers: the peaks of blocks below 448 * 2^-126 land lower.
     Raises CheckpointError when the weight is not finite.
     """
     rows, columns = weight.shape
     down, across = scale_shape((rows, columns))
     padded = F.pad(weight.float(), (0, across * BLOCK - columns, 0, down * BLOCK - rows))
-    blocks = padded.view(down, BLOCK, across, BLOCK)
+    blocks = padded.reshape(down, BLOCK, across, BLOCK)
     peak = blocks.abs().amax(dim=(1, 3))
     if not torch.isfinite(peak).all():
         raise CheckpointError("a weight is infinite or NaN and cannot be stored in FP8")
-    scale = torch.where(peak > 0, peak / FP8_MAX, 1.0)
+    smallest = torch.finfo(torch.float32).tiny
+    scale = torch.where(peak > 0, (peak / FP8_MAX).clamp(min=smallest), 1.0)
     codes = (blocks / scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     codes = codes.view(down * BLOCK, across * BLOCK)[:rows, :columns]
     return codes.contiguous(), scale
 
 
-def block_dequantise(codes: Tensor, scale: Tensor, block: tuple[int, int] = (BLOCK, BLOCK)) -> Tensor:
-    """e4m3 [out, in] and its block scales to fp32 [out, in]."""
+def block_dequantise(
+    codes: Tensor, scale: Tensor, block: tuple[int, int] = (BLOCK, BLOCK), out: Tensor | None = None
+) -> Tensor:
+    """e4m3 [out, in] and its block scales to `out` (any float dtype), or to a new fp32 matrix."""
     rows, columns = codes.shape
-    weight = codes.to(torch.float32)
-    # Whole rows of blocks are scaled in place, so that nothing of the matrix's size is copied.
+    weight = torch.empty_like(codes, dtype=torch.float32) if out is None else out
+    # One row of blocks at a time, so that the matrix never exists in fp32 beside `out`.
     for index, first in enumerate(range(0, rows, block[0])):
         across = scale[index].float().repeat_interleave(block[1])[:columns]
-        weight[first : first + block[0]].mul_(across)
+        band = slice(first, first + block[0])
+        weight[band] = codes[band].to(torch.float32).mul_(across)
     return weight

@@ -70,7 +70,7 @@ def fused_name(piece: Piece, config: ModelConfig) -> str | None:
 
 def is_mtp(name: str, config: ModelConfig) -> bool:
     """Whether a tensor on disk belongs to an MTP layer."""
-    match = re.match(r"model\.layers\.(\d+)\.", name)
+    match = re.match(r"model\.layers\.([0-9]{1,6})\.", name)
     return match is not None and int(match[1]) >= config.num_hidden_layers
 
 

@@ -8,12 +8,14 @@ header, data; offsets count from the end of the header (safetensors format, READ
 from __future__ import annotations
 
 import json
+import math
 import os
+import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from glm5.errors import CheckpointError
 # The official reader's own limit.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
+# Sizes and positions past this are lies, and torch counts elements in an int64.
+MAX_COUNT = 1 << 62
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -31,11 +35,17 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
+    "C64": torch.complex64,
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -76,9 +86,13 @@ class SafetensorsFile:
         """Every tensor by name, in file order, checked against the file's size."""
         try:
             size = self.path.stat().st_size
+            if size < 8:
+                raise CheckpointError(
+                    f"{self.path}: is {size} bytes long, a header is more; download it again"
+                )
             with self.path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                if length > min(MAX_HEADER_BYTES, size - 8):
                     raise CheckpointError(
                         f"{self.path}: the header says it is {length} bytes long, the file has {size}; "
                         "download it again"
@@ -92,17 +106,21 @@ class SafetensorsFile:
 
     def _parsed(self, raw: bytes) -> dict[str, Any]:
         def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            found = dict(pairs)
-            if len(found) != len(pairs):
-                names = [name for name, _ in pairs]
-                twice = next(name for name in names if names.count(name) > 1)
-                raise CheckpointError(f"{self.path}: the header names {twice!r} twice; do not use this file")
+            found: dict[str, Any] = {}
+            for name, value in pairs:
+                if name in found:
+                    raise CheckpointError(
+                        f"{self.path}: the header names {shown(name)} twice; do not use this file"
+                    )
+                found[name] = value
             return found
 
         try:
             header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise CheckpointError(f"{self.path}: the header is not JSON ({error}); download it again") from None
+        except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, endless number
+            raise CheckpointError(
+                f"{self.path}: the header is not JSON ({error}); download it again"
+            ) from None
         if not isinstance(header, dict):
             raise CheckpointError(f"{self.path}: the header is a JSON {type(header).__name__}, not an object")
         header.pop("__metadata__", None)
@@ -115,8 +133,8 @@ class SafetensorsFile:
         for info in tensors:
             if info.start != position:
                 raise CheckpointError(
-                    f"{self.path}: {info.name} starts at byte {info.start}, the data before it ends at "
-                    f"{position}; the header is wrong, download it again"
+                    f"{self.path}: {shown(info.name)} starts at byte {info.start}, the data before it "
+                    f"ends at {position}; the header is wrong, download it again"
                 )
             position = info.end
         if position != size:
@@ -127,20 +145,21 @@ class SafetensorsFile:
 
     def _info(self, name: str, entry: Any, data_start: int) -> TensorInfo:
         def refuse(what: str) -> CheckpointError:
-            return CheckpointError(f"{self.path}: {name}: {what}; download it again")
+            return CheckpointError(f"{self.path}: {shown(name)}: {what}; download it again")
 
         if not isinstance(entry, dict):
             raise refuse("its header entry is not an object")
         dtype_name, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-        if dtype_name not in DTYPES:
-            raise refuse(f"dtype {dtype_name!r} is unknown")
+        if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
+            raise refuse(f"dtype {reprlib.repr(dtype_name)} is unknown")
         if not _is_counts(shape) or len(shape) > MAX_DIMENSIONS:
-            raise refuse(f"shape {shape!r} is not a list of sizes")
+            raise refuse(f"shape {reprlib.repr(shape)} is not a list of sizes")
         if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise refuse(f"data_offsets {offsets!r} are not two rising positions")
-        needed = DTYPES[dtype_name].itemsize
-        for extent in shape:
-            needed *= extent
+            raise refuse(f"data_offsets {reprlib.repr(offsets)} are not two rising positions")
+        # torch multiplies the extents around a zero too.
+        if math.prod(max(extent, 1) for extent in shape) > MAX_COUNT:
+            raise refuse(f"shape {shape} is larger than any memory")
+        needed = math.prod(shape) * DTYPES[dtype_name].itemsize
         if needed != offsets[1] - offsets[0]:
             raise refuse(
                 f"{dtype_name} {shape} needs {needed} bytes, its offsets hold {offsets[1] - offsets[0]}"
@@ -159,21 +178,30 @@ class SafetensorsFile:
         info = self.tensors[name]
         assert target.is_contiguous() and target.dtype == info.dtype and target.device.type == "cpu"
         view = target.view(-1).view(torch.uint8).numpy().data.cast("B") if info.num_bytes else memoryview(b"")
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(info.start)
-            done = 0
-            while done < info.num_bytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise CheckpointError(
-                        f"{self.path}: ends inside {name} at byte {info.start + done}; download it again"
-                    )
-                done += count
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(info.start)
+                done = 0
+                while done < info.num_bytes:
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise CheckpointError(
+                            f"{self.path}: ends inside {shown(name)} at byte {info.start + done}; "
+                            "download it again"
+                        )
+                    done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {shown(name)} cannot be read ({error.strerror})") from None
 
 
-def _is_counts(value: Any) -> bool:
+def shown(name: str) -> str:
+    """A name found in a file, fit for a one-line message: escaped or cut where it must be."""
+    return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
+
+
+def _is_counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
-        isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value
+        isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= MAX_COUNT for item in value
     )
 
 
@@ -188,10 +216,7 @@ class PlannedTensor:
 
     @property
     def num_bytes(self) -> int:
-        count = self.dtype.itemsize
-        for extent in self.shape:
-            count *= extent
-        return count
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> None:
@@ -220,5 +245,6 @@ def write_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> None:
             assert values.dtype == tensor.dtype and tuple(values.shape) == tensor.shape, tensor.name
             if values.numel():
                 file.write(values.view(-1).view(torch.uint8).numpy().data)
+            del values  # before the next one is made
         file.flush()
         os.fsync(file.fileno())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from glm5.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
+from glm5.checkpoint.safetensors_file import SafetensorsFile, TensorInfo, shown
 from glm5.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+# Where a checkpoint is written before its files are moved up; only a crash leaves one behind.
+STAGING = ".glm5-saving"
 # The largest published index (59,585 names) is 6 MB.
 MAX_INDEX_BYTES = 256 << 20
 
@@ -50,20 +53,29 @@ class ShardIndex:
                 files[shard] = SafetensorsFile(self._inside(path, shard))
             file = files[shard]
             if name not in file.tensors:
-                raise CheckpointError(f"{path}: says {name} is in {shard}, which lacks it; download both again")
+                raise CheckpointError(
+                    f"{path}: says {shown(name)} is in {shard}, which lacks it; download both again"
+                )
             listed[name] = file
         for file in files.values():
             unlisted = next((name for name in file.tensors if listed.get(name) is not file), None)
             if unlisted is not None:
                 raise CheckpointError(
-                    f"{file.path}: holds {unlisted}, which {path.name} does not place there; download both again"
+                    f"{file.path}: holds {shown(unlisted)}, which {path.name} does not place there; "
+                    "download both again"
                 )
         return listed
 
     def _inside(self, index: Path, shard: str) -> Path:
-        """The path of a shard, which must be a plain file name ending in .safetensors."""
-        if PurePosixPath(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: shard name {shard!r} is not a .safetensors file name; do not use it")
+        """The path of a shard, which must be a plain file name ending in .safetensors.
+
+        The file itself may be a symbolic link: the hub's cache is made of them.
+        """
+        plain = shard.isprintable() and len(shard) <= 255 and not set(shard) & set("/\\:")
+        if not plain or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index}: shard name {shown(shard)} is not a .safetensors file name; do not use it"
+            )
         return self.directory / shard
 
     @property
@@ -93,7 +105,7 @@ def _weight_map(path: Path) -> dict[str, str]:
         if path.stat().st_size > MAX_INDEX_BYTES:
             raise CheckpointError(f"{path}: larger than {MAX_INDEX_BYTES >> 20} MiB, not an index")
         index = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, endless number
         raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
@@ -102,5 +114,5 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: has no weight_map object; download it again")
     wrong = next((name for name, shard in weight_map.items() if not isinstance(shard, str)), None)
     if wrong is not None:
-        raise CheckpointError(f"{path}: weight_map[{wrong!r}] is not a file name")
+        raise CheckpointError(f"{path}: weight_map has no file name for {shown(wrong)}; download it again")
     return weight_map

@@ -1,11 +1,16 @@
 """Writes a model as a checkpoint directory that `transformers` and vLLM load as it is.
 
-Every file is written whole under another name and renamed; the index comes last.
+The whole checkpoint is written into a subfolder first, so that a full disk or a bad weight leaves
+what was there. Then its files are moved up, while `config.json` is away: a crash between two moves
+leaves a directory that every reader refuses, never a mixture of two models.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -18,50 +23,87 @@ from torch import Tensor
 from glm5.checkpoint import names
 from glm5.checkpoint.fp8 import BLOCK, SCALE_SUFFIX, block_quantise, is_quantised, scale_shape
 from glm5.checkpoint.safetensors_file import PlannedTensor, write_safetensors
-from glm5.checkpoint.shards import INDEX_FILE, SINGLE_FILE
+from glm5.checkpoint.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, STAGING
 from glm5.config import ModelConfig
 from glm5.errors import CheckpointError
-from glm5.files import atomic_path, write_atomic
+from glm5.files import fsync_directory, write_atomic
 from glm5.model.transformer import GlmForCausalLM
 
 FORMATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000
+_WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
 
 def save_model(
     model: GlmForCausalLM, directory: Path, *, stored: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write `config.json` and the weights into `directory`.
+    """Write `config.json` and the weights into `directory`, in place of those it holds.
 
     stored: `fp32`, `fp16`, `bf16` or `fp8` (the official 128x128 blocks); None = the model's dtype.
     shard_bytes: the largest shard; a single tensor may exceed it.
 
     Raises:
-        CheckpointError: `stored` is unknown, or a weight is not finite and cannot be FP8.
+        CheckpointError: `stored` is unknown, a weight is not finite and cannot be FP8 or is too large
+            for fp16, or the disk refuses; an older checkpoint in `directory` stays as it was.
     """
     stored = stored or next((k for k, v in FORMATS.items() if v == model.dtype), "fp32")
     if stored not in FORMATS:
         raise CheckpointError(f"stored is {stored!r}; use one of {', '.join(FORMATS)}")
-    directory.mkdir(parents=True, exist_ok=True)
+    staging, staged = directory / STAGING, False
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        _stage(model, staging, stored, shard_bytes)
+        staged = True
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: cannot be written ({error.strerror}); nothing is changed"
+        ) from None
+    finally:
+        if not staged:
+            shutil.rmtree(staging, ignore_errors=True)
+    try:
+        _move_up(staging, directory)
+    except OSError as error:
+        raise CheckpointError(
+            f"{staging}: cannot be moved into place ({error.strerror}); move its files up, {CONFIG_FILE} last"
+        ) from None
+
+
+def _stage(model: GlmForCausalLM, staging: Path, stored: str, shard_bytes: int) -> None:
+    """The complete checkpoint, on the disk; `config.json` last."""
     shards = list(_shards(_planned(model, stored), shard_bytes))
-    old = set(directory.glob("model*.safetensors"))
-    if len(shards) == 1:
-        written = [directory / SINGLE_FILE]
-    else:
-        written = [directory / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for path, tensors in zip(written, shards, strict=True):
-        with atomic_path(path) as temporary:
-            write_safetensors(temporary, tensors)
+    weight_map: dict[str, str] = {}
+    for number, tensors in enumerate(shards, 1):
+        name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(staging / name, tensors)
+        weight_map |= dict.fromkeys((tensor.name for tensor in tensors), name)
     if len(shards) > 1:
-        sizes = sum(tensor.num_bytes for tensors in shards for tensor in tensors)
-        weight_map = {t.name: path.name for path, tensors in zip(written, shards, strict=True) for t in tensors}
-        index = {"metadata": {"total_size": sizes}, "weight_map": weight_map}
-        write_atomic(directory / INDEX_FILE, json.dumps(index, indent=2) + "\n")
-    else:
-        (directory / INDEX_FILE).unlink(missing_ok=True)
-    for stale in old - set(written):
-        stale.unlink()
-    stored_config(model.config, stored).save_pretrained(directory)
+        total = sum(tensor.num_bytes for tensors in shards for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_atomic(staging / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    stored_config(model.config, stored).save_pretrained(staging)
+
+
+def _move_up(staging: Path, directory: Path) -> None:
+    """Put staged files in place of the old ones; every step is on the disk before the next."""
+    staged = {path.name for path in staging.iterdir()}
+
+    def move(names: set[str]) -> None:
+        for name in sorted(names):
+            os.replace(staging / name, directory / name)
+        fsync_directory(directory)
+
+    for name in (CONFIG_FILE, INDEX_FILE):
+        (directory / name).unlink(missing_ok=True)
+    fsync_directory(directory)
+    move(staged - {CONFIG_FILE, INDEX_FILE})
+    move(staged & {INDEX_FILE})
+    for path in directory.iterdir():
+        if _WEIGHTS.fullmatch(path.name) and path.name not in staged:
+            path.unlink()
+    move({CONFIG_FILE})
+    staging.rmdir()
 
 
 def stored_config(config: ModelConfig, stored: str) -> ModelConfig:
@@ -106,7 +148,7 @@ def _planned(model: GlmForCausalLM, stored: str) -> Iterator[PlannedTensor]:
             continue
         # Router biases are fp32 in every published checkpoint.
         dtype = torch.float32 if piece.name.endswith("e_score_correction_bias") else FORMATS[stored]
-        yield PlannedTensor(piece.name, dtype, shape, partial(_cast, tensor, dtype))
+        yield PlannedTensor(piece.name, dtype, shape, partial(_cast, piece.name, tensor, dtype))
 
 
 def _codes(name: str, tensor: Tensor) -> Tensor:
@@ -120,8 +162,11 @@ def _scale(tensor: Tensor) -> Tensor:
     return block_quantise(tensor)[1]
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype)
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and bool((cast.isinf() & tensor.isfinite()).any()):
+        raise CheckpointError(f"{name}: a weight is past 65504 and cannot be stored in fp16; use bf16")
+    return cast
 
 
 def _shards(tensors: Iterator[PlannedTensor], limit: int) -> Iterator[list[PlannedTensor]]:

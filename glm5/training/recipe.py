@@ -152,6 +152,17 @@ def read_recipe(path: str | Path, changes: dict[str, Any] | None = None) -> Reci
         raise RecipeError(f"{source}: {where}: {first['msg']}") from None
 
 
+def parse_change(text: str) -> tuple[str, Any]:
+    """`run.steps=100` to (key, value); the value is TOML, or a plain string if it is none."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {text}: expected KEY=VALUE, e.g. run.steps=100")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
 def _recipe_text(path: str | Path) -> tuple[str, str]:
     file = Path(path)
     if file.suffix != ".toml" and not file.exists():

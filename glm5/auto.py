@@ -1,0 +1,169 @@
+"""The familiar door: `AutoModelForCausalLM` and `AutoTokenizer`, called as in `transformers`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm5.errors import CheckpointError, RequestError
+from glm5.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from glm5.runtime.language_model import LanguageModel
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "nano"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str | torch.dtype | None = "auto",
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> LanguageModel:
+    """A model ready to talk: a checkpoint directory, a hub name, or (None) the embedded model.
+
+    dtype: "auto" = as stored (FP8 becomes bf16), or a torch dtype or its name.
+    device: "auto" = a GPU that has room, else the CPU; or a torch device string.
+    progress: called with (bytes read, bytes in all) while loading.
+
+    Raises:
+        CheckpointError, ConfigError, TokenizerError: the checkpoint cannot be used.
+    """
+    from glm5.runtime.language_model import LanguageModel
+
+    directory = resolve(path)
+    wanted = _torch_dtype(dtype)
+    return LanguageModel.load(directory, dtype=wanted, device=_device(device, directory), progress=progress)
+
+
+def resolve(path: str | os.PathLike[str] | None) -> Path:
+    """The directory of a checkpoint: a path as it is, a hub name fetched, None the embedded one."""
+    if path is None or (str(path) == EMBEDDED and not Path(path).exists()):
+        directory = Path(str(resources.files("glm5").joinpath("embedded", EMBEDDED)))
+        if not directory.is_dir():
+            raise CheckpointError(
+                f"{directory}: the embedded model is not in this installation; name another"
+            )
+        return directory
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise CheckpointError(f"{directory}: is a file; name the directory that holds config.json")
+    if _HUB_NAME.fullmatch(str(path)):
+        return _from_hub(str(path))
+    raise CheckpointError(f"{directory}: no such directory")
+
+
+def _from_hub(name: str) -> Path:
+    """Fetch weights and text files; code files of a repository are never fetched."""
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub's many errors, network ones included
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{name}: no such directory, and the hub did not give it: {reason}") from None
+
+
+class AutoModelForCausalLM:
+    """`from_pretrained`, with the arguments of `transformers`."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        device_map: str | dict[str, Any] | None = None,
+        dtype: str | torch.dtype | None = "auto",
+        torch_dtype: str | torch.dtype | None = None,
+        load_in_4bit: bool = False,
+        trust_remote_code: bool = False,
+        **unknown: Any,
+    ) -> LanguageModel:
+        """Load a checkpoint directory or hub name.
+
+        device_map: "auto", "cpu", "cuda" or "cuda:N"; a map of modules is not supported yet.
+        trust_remote_code: accepted and never acted on: no code of a checkpoint runs here.
+        load_in_4bit: not yet; raises RequestError.
+        """
+        if trust_remote_code:
+            logger.warning("trust_remote_code=True changes nothing: glm5 never runs code from a checkpoint")
+        if load_in_4bit:
+            raise RequestError(
+                "load_in_4bit=True is not there yet: int4 comes in a later release; "
+                "load without it, or use an FP8 checkpoint"
+            )
+        if unknown:
+            raise RequestError(f"from_pretrained has no argument {sorted(unknown)[0]!r}")
+        if isinstance(device_map, dict):
+            if set(device_map) != {""}:
+                raise RequestError(
+                    "device_map may be 'auto' or one device; a map of modules is not there yet"
+                )
+            device_map = str(device_map[""])
+        return load(
+            pretrained_model_name_or_path,
+            dtype=torch_dtype if torch_dtype is not None else dtype,
+            device=device_map or "cpu",
+        )
+
+
+class AutoTokenizer:
+    """`from_pretrained` for the tokenizer alone."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *, trust_remote_code: bool = False
+    ) -> Tokenizer:
+        """Read the tokenizer of a checkpoint directory or hub name; no code of it runs."""
+        if trust_remote_code:
+            logger.warning("trust_remote_code=True changes nothing: glm5 never runs code from a checkpoint")
+        return Tokenizer.from_pretrained(resolve(pretrained_model_name_or_path))
+
+
+def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    import torch
+
+    if dtype is None or dtype == "auto":
+        return None
+    if isinstance(dtype, torch.dtype):
+        found: Any = dtype
+    else:
+        short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+        found = getattr(torch, short.get(dtype, dtype), None)
+    if found not in (torch.float32, torch.float16, torch.bfloat16):
+        raise RequestError(f"dtype {dtype!r} is unknown; use auto, float32, float16 or bfloat16")
+    return found  # type: ignore[no-any-return]
+
+
+def _device(device: str, directory: Path) -> str:
+    """Resolve "auto": the GPU with most free memory if the weights fit it, else the CPU."""
+    import torch
+
+    if device != "auto":
+        try:
+            kind = torch.device(device).type
+        except RuntimeError:
+            raise RequestError(f"device {device!r} is unknown; use auto, cpu or cuda:N") from None
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise RequestError(f"device {device!r} is asked for, but this torch sees no GPU; use cpu")
+        return device
+    if not torch.cuda.is_available():
+        return "cpu"
+    free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
+    best = max(range(len(free)), key=free.__getitem__)
+    needed = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    return f"cuda:{best}" if needed * 1.1 < free[best] else "cpu"

@@ -1,0 +1,1 @@
+"""Generation: caches, sampling, decoding, speculation, and the model that people hold."""

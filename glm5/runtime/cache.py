@@ -1,0 +1,132 @@
+"""What decoding remembers of earlier tokens: compressed latents, index keys, or K and V.
+
+Memory for `capacity` tokens is reserved at once and written where it lies, so a growing cache is
+never copied (pages that no token reached yet are reserved, not used). Dropping the newest tokens is
+a change of one number, which is what speculation needs.
+Letters: B rows, T new tokens, S tokens held.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glm5.config import ModelConfig
+from glm5.errors import RequestError
+from glm5.model.masks import TokenPlaces
+
+
+class LayerCache:
+    """One layer's memory. Only the buffers that its kind of attention needs exist."""
+
+    def __init__(self, owner: Cache, layer: int) -> None:
+        config = owner.config
+        self._owner = owner
+        if config.uses_mla:
+            assert config.kv_lora_rank is not None
+            self._latents = owner.reserve(config.kv_lora_rank + config.qk_rope_head_dim)
+        else:
+            heads, width = config.num_key_value_heads, config.attention_head_dim
+            self._keys, self._values = owner.reserve(heads, width), owner.reserve(heads, width)
+        # Layers that share another's selection hold no index keys (IndexShare).
+        self._index_keys = owner.reserve(config.index_head_dim) if config.has_indexer(layer) else None
+
+    def append_latents(self, latents_BTC: Tensor) -> Tensor:
+        """Add rows [latent | rotated key]; returns all of them, [B, S, C]."""
+        return self._owner.write(self._latents, latents_BTC)
+
+    def append_index_keys(self, keys_BTd: Tensor) -> Tensor:
+        assert self._index_keys is not None
+        return self._owner.write(self._index_keys, keys_BTd)
+
+    def append_key_values(self, keys_BTHd: Tensor, values_BTHd: Tensor) -> tuple[Tensor, Tensor]:
+        return self._owner.write(self._keys, keys_BTHd), self._owner.write(self._values, values_BTHd)
+
+
+class Cache:
+    """The caches of a run of layers for B rows of at most `capacity` tokens.
+
+    `length` tokens are held; a forward pass writes behind them and then calls `advance`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        layers: range | None = None,
+    ) -> None:
+        """layers: which layers of the config; None = the decoder's. MTP layers follow the last one."""
+        self.config, self.batch, self.capacity = config, batch, capacity
+        self.dtype, self.device = dtype, torch.device(device)
+        self.length = 0
+        self._positions = torch.zeros(batch, capacity, dtype=torch.int64, device=self.device)
+        self._valid: Tensor | None = None
+        self._prefix: Tensor | None = None
+        self.layers = [LayerCache(self, layer) for layer in layers or range(config.num_hidden_layers)]
+
+    def reserve(self, *shape: int) -> Tensor:
+        return torch.empty(self.batch, self.capacity, *shape, dtype=self.dtype, device=self.device)
+
+    def write(self, buffer: Tensor, rows: Tensor) -> Tensor:
+        end = self.length + rows.shape[1]
+        if end > self.capacity:
+            raise RequestError(f"the cache holds {self.capacity} tokens, {end} are needed")
+        buffer[:, self.length : end] = rows
+        return buffer[:, :end]
+
+    def next_positions(self, batch: int) -> Tensor | int:
+        """The position of each row's next token: an int where all rows agree, else [B, 1]."""
+        if self.length == 0:
+            return 0
+        if self._valid is None:
+            return int(self._positions[0, self.length - 1]) + 1
+        held = self._valid[:, : self.length].sum(dim=1, keepdim=True)
+        return held.to(torch.int64)
+
+    def append_places(self, places: TokenPlaces) -> TokenPlaces:
+        """Note where the coming tokens stand; returns the places of everything held and them."""
+        if places.documents is not None:
+            raise RequestError("packed documents cannot be cached; give each its own row")
+        start, end = self.length, self.length + places.positions.shape[1]
+        if end > self.capacity:
+            raise RequestError(f"the cache holds {self.capacity} tokens, {end} are needed")
+        self._positions[:, start:end] = places.positions
+        self._valid = self._note(self._valid, places.valid, start, end, absent=True)
+        self._prefix = self._note(self._prefix, places.prefix, start, end, absent=False)
+        return TokenPlaces(
+            self._positions[:, :end],
+            None if self._valid is None else self._valid[:, :end],
+            None if self._prefix is None else self._prefix[:, :end],
+        )
+
+    def _note(
+        self, flags: Tensor | None, new: Tensor | None, start: int, end: int, *, absent: bool
+    ) -> Tensor | None:
+        """Write flags of the new tokens; a buffer exists only once some token needed one."""
+        if flags is None:
+            if new is None or bool((new == absent).all()):
+                return None
+            flags = torch.full((self.batch, self.capacity), absent, dtype=torch.bool, device=self.device)
+        flags[:, start:end] = absent if new is None else new
+        return flags
+
+    def advance(self, tokens: int) -> None:
+        self.length += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+    def bytes_per_token(self) -> int:
+        """Bytes one token of one row takes, over all layers."""
+        total = 0
+        for layer in self.layers:
+            for value in vars(layer).values():
+                if isinstance(value, Tensor):
+                    total += value[0, 0].numel() * value.element_size()
+        return total
