@@ -165,6 +165,8 @@ class ModelConfig:
             elif name == "head_dim" and model_type != "glm4_moe":
                 # Releases disagree on this key (64 or 192) and it is neither width (SPEC 1.2).
                 extra[key] = value
+            elif key == "layer_types" and model_type == "glm_moe_dsa":
+                continue  # re-saved configs repeat the depth in it; every reader derives it anew
             elif name in known:
                 if name != key and name in raw:
                     continue  # both the alias and the real key: the real key counts

@@ -218,18 +218,12 @@ def test_every_question_has_one_answer() -> None:
     assert answers["“水”用英语怎么说？"] == {"“水”的英语是 water; river。"}
     assert answers["How do you say water in Chinese?"] == {"“water” in Chinese is 水 (shuǐ)."}
     assert answers["study 的中文是什么？"] == {"“study”的中文是 学习（xuéxí）。"}
-    assert answers["What does the Python function len do?"] == {
-        "Return the number of items in a container."
-    }
-    assert answers["Python 的 len 是做什么的？"] == {
-        "len：Return the number of items in a container."
-    }
+    assert answers["What does the Python function len do?"] == {"Return the number of items in a container."}
+    assert answers["Python 的 len 是做什么的？"] == {"len：Return the number of items in a container."}
 
 
 def test_reading_of_an_everyday_word_is_the_everyday_one() -> None:
-    entries = tasks.read_entries(
-        ["长 (zhǎng) chief; head; elder; to grow\n长 (cháng) length; long"]
-    )
+    entries = tasks.read_entries(["长 (zhǎng) chief; head; elder; to grow\n长 (cháng) length; long"])
     assert entries["长"] == ("cháng", ["long", "length"])
 
 
@@ -376,9 +370,7 @@ def test_a_failing_client_gives_its_last_line_and_a_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = tmp_path / "apt-get"
-    client.write_text(
-        "#!/bin/sh\necho first >&2\necho 'E: Unable to locate package' >&2\nexit 100\n"
-    )
+    client.write_text("#!/bin/sh\necho first >&2\necho 'E: Unable to locate package' >&2\nexit 100\n")
     client.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(CorpusError, match=r"\(E: Unable to locate package\); run `apt-get update`"):
@@ -398,8 +390,6 @@ def test_a_newer_debian_package_is_used_with_a_warning(
     assert said == ["mine: pinned 1.0, found 1:2.0-1; using it unchecked"]
 
 
-def test_the_command_line_names_an_unknown_source(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_names_an_unknown_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build.main([str(tmp_path / "out"), "--only", "nothing"]) == 2
     assert "error: 'nothing' is no source" in capsys.readouterr().err
