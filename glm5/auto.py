@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "nano"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # never ./name or ../name
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
@@ -45,7 +45,8 @@ def load(
 
     directory = resolve(path)
     wanted = _torch_dtype(dtype)
-    return LanguageModel.load(directory, dtype=wanted, device=_device(device, directory), progress=progress)
+    chosen = _device(device, directory, wanted)
+    return LanguageModel.load(directory, dtype=wanted, device=chosen, progress=progress)
 
 
 def resolve(path: str | os.PathLike[str] | None) -> Path:
@@ -58,9 +59,13 @@ def resolve(path: str | os.PathLike[str] | None) -> Path:
             )
         return directory
     directory = Path(path)
+    try:
+        exists = directory.exists()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise CheckpointError(f"{str(directory)[:200]}: cannot be read ({error.strerror})") from None
     if directory.is_dir():
         return directory
-    if directory.exists():
+    if exists:
         raise CheckpointError(f"{directory}: is a file; name the directory that holds config.json")
     if _HUB_NAME.fullmatch(str(path)):
         return _from_hub(str(path))
@@ -86,7 +91,7 @@ class AutoModelForCausalLM:
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        device_map: str | dict[str, Any] | None = None,
+        device_map: str | int | torch.device | dict[str, Any] | None = None,
         dtype: str | torch.dtype | None = "auto",
         torch_dtype: str | torch.dtype | None = None,
         load_in_4bit: bool = False,
@@ -95,7 +100,8 @@ class AutoModelForCausalLM:
     ) -> LanguageModel:
         """Load a checkpoint directory or hub name.
 
-        device_map: "auto", "cpu", "cuda" or "cuda:N"; a map of modules is not supported yet.
+        device_map: "auto", "cpu", "cuda", "cuda:N" or N, or {"": one of them}; a map of modules is not
+            supported yet. None = "cpu".
         trust_remote_code: accepted and never acted on: no code of a checkpoint runs here.
         load_in_4bit: not yet; raises RequestError.
         """
@@ -108,16 +114,10 @@ class AutoModelForCausalLM:
             )
         if unknown:
             raise RequestError(f"from_pretrained has no argument {sorted(unknown)[0]!r}")
-        if isinstance(device_map, dict):
-            if set(device_map) != {""}:
-                raise RequestError(
-                    "device_map may be 'auto' or one device; a map of modules is not there yet"
-                )
-            device_map = str(device_map[""])
         return load(
             pretrained_model_name_or_path,
             dtype=torch_dtype if torch_dtype is not None else dtype,
-            device=device_map or "cpu",
+            device=_one_device(device_map),
         )
 
 
@@ -126,11 +126,17 @@ class AutoTokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], *, trust_remote_code: bool = False
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        trust_remote_code: bool = False,
+        **unknown: Any,
     ) -> Tokenizer:
         """Read the tokenizer of a checkpoint directory or hub name; no code of it runs."""
         if trust_remote_code:
             logger.warning("trust_remote_code=True changes nothing: glm5 never runs code from a checkpoint")
+        if unknown:
+            raise RequestError(f"from_pretrained has no argument {sorted(unknown)[0]!r}")
         return Tokenizer.from_pretrained(resolve(pretrained_model_name_or_path))
 
 
@@ -142,28 +148,53 @@ def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if isinstance(dtype, torch.dtype):
         found: Any = dtype
     else:
+        if not isinstance(dtype, str):
+            raise RequestError(f"dtype {dtype!r} is unknown; use auto, float32, float16 or bfloat16")
         short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
         found = getattr(torch, short.get(dtype, dtype), None)
     if found not in (torch.float32, torch.float16, torch.bfloat16):
         raise RequestError(f"dtype {dtype!r} is unknown; use auto, float32, float16 or bfloat16")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
-def _device(device: str, directory: Path) -> str:
+def _one_device(device_map: Any) -> str:
+    """`device_map` as one device: N is the Nth GPU, as in `accelerate`."""
+    if isinstance(device_map, dict):
+        if set(device_map) != {""}:
+            raise RequestError("device_map may be 'auto' or one device; a map of modules is not there yet")
+        device_map = device_map[""]
+    if device_map is None:
+        return "cpu"
+    return f"cuda:{device_map}" if type(device_map) is int else str(device_map)
+
+
+def _device(device: str, directory: Path, dtype: torch.dtype | None) -> str:
     """Resolve "auto": the GPU with most free memory if the weights fit it, else the CPU."""
     import torch
 
     if device != "auto":
         try:
-            kind = torch.device(device).type
-        except RuntimeError:
-            raise RequestError(f"device {device!r} is unknown; use auto, cpu or cuda:N") from None
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise RequestError(f"device {device!r} is asked for, but this torch sees no GPU; use cpu")
+            kind, number = torch.device(device).type, torch.device(device).index or 0
+        except (RuntimeError, TypeError):
+            kind, number = "", 0
+        if kind not in ("cpu", "cuda", "mps"):
+            raise RequestError(f"device {device!r} is unknown; use auto, cpu or cuda:N")
+        if kind == "cuda" and number >= torch.cuda.device_count():
+            seen = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU"
+            raise RequestError(f"device {device!r} is asked for, but this torch sees {seen}; use cpu")
         return device
     if not torch.cuda.is_available():
         return "cpu"
     free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
     best = max(range(len(free)), key=free.__getitem__)
-    needed = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    return f"cuda:{best}" if needed * 1.1 < free[best] else "cpu"
+    return f"cuda:{best}" if _bytes_needed(directory, dtype) * 1.1 < free[best] else "cpu"
+
+
+def _bytes_needed(directory: Path, dtype: torch.dtype | None) -> int:
+    """Memory of the weights in `dtype`; as stored (FP8 as bf16, twice its size) without one."""
+    from glm5.config import ModelConfig
+
+    config = ModelConfig.from_pretrained(directory)
+    if dtype is None and "quantization_config" not in config.extra:
+        return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    return config.total_params(mtp=True) * (2 if dtype is None else dtype.itemsize)

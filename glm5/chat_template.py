@@ -407,8 +407,7 @@ def _text(content: Any, where: str) -> str:
         if isinstance(part, Mapping):
             if part.get("type") != "text":
                 raise TemplateError(
-                    f"{where}[{index}].type: {part.get('type')!r} is not text; "
-                    "this model reads text only"
+                    f"{where}[{index}].type: {part.get('type')!r} is not text; this model reads text only"
                 )
             text = part.get("text")
         if not isinstance(text, str):

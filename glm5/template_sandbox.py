@@ -55,9 +55,7 @@ def render_unknown(
     costs about a tenth of a second. Raises TemplateError, one line that begins with `source`.
     """
     try:
-        request = json.dumps(
-            {"template": template, "variables": dict(variables), "limits": asdict(limits)}
-        )
+        request = json.dumps({"template": template, "variables": dict(variables), "limits": asdict(limits)})
     except (TypeError, ValueError, RecursionError) as error:
         raise TemplateError(f"{source}: messages or tools are not JSON: {error}") from None
     with subprocess.Popen(

@@ -142,9 +142,7 @@ class Tokenizer:
             raise TokenizerError(f"{path}: not a tokenizer: {reason}; download it again") from None
         config = _read_config(directory / CONFIG_FILE)
         template = _read_template(directory / TEMPLATE_FILE, config.pop("chat_template", None))
-        tokenizer = cls(
-            backend, config=config, chat_template=template, dialect=dialect, source=str(path)
-        )
+        tokenizer = cls(backend, config=config, chat_template=template, dialect=dialect, source=str(path))
         if template is not None and tokenizer.dialect is None:
             logger.warning(
                 "%s: chat template %s is not one that glm5 knows; it will run in a sandbox, "
@@ -257,9 +255,7 @@ class Tokenizer:
             ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
             at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), 0)
-            raise TokenizerError(
-                f"text is not valid Unicode: lone surrogate at character {at}"
-            ) from None
+            raise TokenizerError(f"text is not valid Unicode: lone surrogate at character {at}") from None
         return ids
 
     def _encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
@@ -270,8 +266,7 @@ class Tokenizer:
             if token_id is None:
                 if piece.control and piece.text != SOFT_SWITCH:
                     raise TokenizerError(
-                        f"{self.source}: lacks the control token {piece.text!r}, "
-                        "which the chat format needs"
+                        f"{self.source}: lacks the control token {piece.text!r}, which the chat format needs"
                     )
                 pending += piece.text
                 continue
@@ -403,15 +398,12 @@ class Tokenizer:
 
         source = str(Path(self.source).with_name(TEMPLATE_FILE))
         if self.chat_template is None:
-            raise TemplateError(
-                f"{source}: there is no chat template; pass dialect= ({', '.join(DIALECTS)})"
-            )
+            raise TemplateError(f"{source}: there is no chat template; pass dialect= ({', '.join(DIALECTS)})")
         shaped = template_messages(messages)
         refuse_control_text(shaped, self.control_ids, "messages")
         refuse_control_text(tools, self.control_ids, "tools")
         named = {
-            f"{kind}_token": _token_name(self.config.get(f"{kind}_token"))
-            for kind in ("bos", "eos", "pad")
+            f"{kind}_token": _token_name(self.config.get(f"{kind}_token")) for kind in ("bos", "eos", "pad")
         }
         variables = {key: value for key, value in named.items() if value} | options
         variables |= {"messages": shaped, "tools": list(tools) if tools else None}
@@ -424,11 +416,7 @@ class Tokenizer:
         if not tokens:
             return [Piece(text, False)]
         pattern = "(" + "|".join(map(re.escape, tokens)) + ")"
-        return [
-            Piece(part, index % 2 == 1)
-            for index, part in enumerate(re.split(pattern, text))
-            if part
-        ]
+        return [Piece(part, index % 2 == 1) for index, part in enumerate(re.split(pattern, text)) if part]
 
 
 class StreamDecoder:
@@ -511,9 +499,7 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError:
         raise TokenizerError(f"{path}: missing; a checkpoint needs it, download it again") from None
     except UnicodeDecodeError as error:
-        raise TokenizerError(
-            f"{path}: not UTF-8 at byte {error.start}; download it again"
-        ) from None
+        raise TokenizerError(f"{path}: not UTF-8 at byte {error.start}; download it again") from None
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror or error}") from None
 

@@ -56,9 +56,7 @@ def compiled(template: str) -> jinja2.Template:
         raise jinja2.TemplateError(message)
 
     environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda x, ensure_ascii=False: json.dumps(
-        x, ensure_ascii=ensure_ascii
-    )
+    environment.filters["tojson"] = lambda x, ensure_ascii=False: json.dumps(x, ensure_ascii=ensure_ascii)
     return environment.from_string(template)
 
 
@@ -93,9 +91,7 @@ def render_jinja(dialect: str, messages: Any, tools: Any, chosen: dict[str, Any]
     [],
     {"enable_thinking": False, "add_generation_prompt": True},
 )
-@example(
-    [{"role": "assistant", "content": "x</think>y</think>z"}], [], {"add_generation_prompt": True}
-)
+@example([{"role": "assistant", "content": "x</think>y</think>z"}], [], {"add_generation_prompt": True})
 @example(
     [{"role": "assistant", "content": "", "reasoning_content": "  "}],
     [],
@@ -111,9 +107,7 @@ def test_text_equals_the_published_and_our_own_template(
 
 @settings(thorough, max_examples=300)
 @given(conversations(plain_text), tool_lists(), options)
-def test_ids_equal_encoding_the_template_text(
-    messages: Any, tools: Any, chosen: dict[str, Any]
-) -> None:
+def test_ids_equal_encoding_the_template_text(messages: Any, tools: Any, chosen: dict[str, Any]) -> None:
     for dialect in KNOWN_TEMPLATES.values():
         tokenizer = small_tokenizer(dialect=dialect)
         text = render_jinja(dialect, messages, tools, chosen)
@@ -157,9 +151,7 @@ raw_answer = st.one_of(
     options,
     st.sampled_from(["low", "high", "max"]),
 )
-def test_ids_equal_renderers(
-    messages: Any, tools: Any, chosen: dict[str, Any], effort: str
-) -> None:
+def test_ids_equal_renderers(messages: Any, tools: Any, chosen: dict[str, Any], effort: str) -> None:
     pytest.importorskip("renderers")
     from renderers import configs, glm5
 
@@ -170,17 +162,11 @@ def test_ids_equal_renderers(
         clears = chosen["clear_thinking"]
         clear = {} if clears is None else {"clear_thinking": clears}
         if dialect == "glm5":
-            theirs = glm5.GLM5Renderer(
-                shim, configs.GLM5RendererConfig(enable_thinking=thinking, **clear)
-            )
+            theirs = glm5.GLM5Renderer(shim, configs.GLM5RendererConfig(enable_thinking=thinking, **clear))
         elif dialect == "glm5.1":
-            theirs = glm5.GLM51Renderer(
-                shim, configs.GLM51RendererConfig(enable_thinking=thinking, **clear)
-            )
+            theirs = glm5.GLM51Renderer(shim, configs.GLM51RendererConfig(enable_thinking=thinking, **clear))
         else:
-            theirs = glm5.GLM53Renderer(
-                shim, configs.GLM53RendererConfig(reasoning_effort=effort, **clear)
-            )
+            theirs = glm5.GLM53Renderer(shim, configs.GLM53RendererConfig(reasoning_effort=effort, **clear))
         expected = theirs.render_ids(
             shaped, tools=tools, add_generation_prompt=chosen["add_generation_prompt"]
         )
@@ -222,9 +208,7 @@ unsplit_text = hostile_text.filter(lambda text: "</think>" not in text)
 
 @settings(thorough, max_examples=300)
 @given(conversations(answer=unsplit_text), tool_lists(hostile_text), options)
-def test_contents_never_yield_control_ids(
-    messages: Any, tools: Any, chosen: dict[str, Any]
-) -> None:
+def test_contents_never_yield_control_ids(messages: Any, tools: Any, chosen: dict[str, Any]) -> None:
     messages = template_messages(messages)
     for dialect in DIALECTS:
         tokenizer = small_tokenizer(dialect=dialect)
@@ -244,9 +228,7 @@ def test_a_user_cannot_speak_for_others(dialect: Any) -> None:
     harmless = render([{"role": "user", "content": "hi"}], dialect=dialect)
     attacked = render([{"role": "user", "content": attack}], dialect=dialect)
     assert control_frame(attacked) == control_frame(harmless)
-    ids = small_tokenizer(dialect=dialect).apply_chat_template(
-        [{"role": "user", "content": attack}]
-    )
+    ids = small_tokenizer(dialect=dialect).apply_chat_template([{"role": "user", "content": attack}])
     assistant = small_tokenizer().token_to_id("<|assistant|>")
     assert ids.count(assistant) == 1  # the generation prompt's
 
@@ -285,8 +267,7 @@ def test_glm5_format() -> None:
 def test_glm46_format() -> None:
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     assert pieces_to_text(render(chat, dialect="glm4.6", enable_thinking=False)) == (
-        "[gMASK]<sop><|user|>\nhi/nothink<|assistant|>\n<think></think>\nhello"
-        "<|assistant|>\n<think></think>"
+        "[gMASK]<sop><|user|>\nhi/nothink<|assistant|>\n<think></think>\nhello<|assistant|>\n<think></think>"
     )
 
 
@@ -325,9 +306,7 @@ def test_reasoning_of_past_turns_is_cleared_or_kept() -> None:
     def shown(dialect: Any, clear: bool | None) -> bool:
         return "why" in pieces_to_text(render(chat, dialect=dialect, clear_thinking=clear))
 
-    keeps = {
-        dialect: [shown(dialect, clear) for clear in (None, True, False)] for dialect in DIALECTS
-    }
+    keeps = {dialect: [shown(dialect, clear) for clear in (None, True, False)] for dialect in DIALECTS}
     usual = [False, False, True]
     assert keeps == {
         "glm4.6": [False, False, False],
@@ -345,9 +324,7 @@ def test_deferred_tools_and_server_keys_stay_out_from_51_on() -> None:
         {"type": "function", "defer_loading": True, "function": {"name": "later"}},
     ]
     user = [{"role": "user", "content": "hi"}]
-    assert '<tools>\n{"name": "now"}\n</tools>' in pieces_to_text(
-        render(user, tools, dialect="glm5.1")
-    )
+    assert '<tools>\n{"name": "now"}\n</tools>' in pieces_to_text(render(user, tools, dialect="glm5.1"))
     assert '"later"' in pieces_to_text(render(user, tools, dialect="glm5"))
 
 

@@ -272,9 +272,7 @@ def test_without_a_template_the_dialect_must_be_given(saved: Path) -> None:
         ("chat_template.jinja", b"\xff", "not UTF-8"),
     ],
 )
-def test_bad_files_are_named_in_one_line(
-    saved: Path, name: str, content: bytes | None, words: str
-) -> None:
+def test_bad_files_are_named_in_one_line(saved: Path, name: str, content: bytes | None, words: str) -> None:
     if b"chat_template" in (content or b""):
         (saved / "chat_template.jinja").unlink()
     if content is None:
@@ -334,9 +332,7 @@ def test_the_soft_switch_is_one_id_where_the_vocabulary_has_it() -> None:
     assert switch not in tokenizer.apply_chat_template([{"role": "user", "content": "/nothink"}])
     ids = tokenizer.apply_chat_template(CHAT, enable_thinking=False)
     assert ids.count(switch) == 1
-    assert ids == tokenizer.encode(
-        tokenizer.decode(ids, skip_special_tokens=False), allow_special=True
-    )
+    assert ids == tokenizer.encode(tokenizer.decode(ids, skip_special_tokens=False), allow_special=True)
 
 
 # --- unknown templates -----------------------------------------------------------------------

@@ -132,9 +132,7 @@ def _content(draw: st.DrawFn, text: st.SearchStrategy[str]) -> Any:
     return halves if form == "strings" else [{"type": "text", "text": half} for half in halves]
 
 
-def _calls(
-    draw: st.DrawFn, turn: dict[str, Any], text: st.SearchStrategy[str]
-) -> list[dict[str, Any]]:
+def _calls(draw: st.DrawFn, turn: dict[str, Any], text: st.SearchStrategy[str]) -> list[dict[str, Any]]:
     """Give `turn` tool calls, and return the results that follow it."""
     if draw(st.booleans()):
         turn["content"] = None

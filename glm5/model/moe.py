@@ -101,9 +101,10 @@ class ExpertBank(nn.Module):
         tokens, k = topk_ids_TK.shape
         ids = topk_ids_TK.reshape(-1)
         gate_up = self.gate_up_proj.index_select(0, ids)
-        rows = x_TD.unsqueeze(1).expand(tokens, k, -1).reshape(tokens * k, -1, 1)
-        gate, up = torch.bmm(gate_up, rows).chunk(2, dim=1)
-        out = torch.bmm(self.down_proj.index_select(0, ids), F.silu(gate) * up)
+        # The row on the left: with it on the right, MKL takes ten times as long (measured).
+        rows = x_TD.unsqueeze(1).expand(tokens, k, -1).reshape(tokens * k, 1, -1)
+        gate, up = torch.bmm(rows, gate_up.transpose(1, 2)).chunk(2, dim=-1)
+        out = torch.bmm(F.silu(gate) * up, self.down_proj.index_select(0, ids).transpose(1, 2))
         out = out.view(tokens, k, -1)
         return torch.bmm(topk_weights_TK.to(out.dtype).unsqueeze(1), out).squeeze(1)
 

@@ -1,7 +1,7 @@
 """Rotary position embedding, interleaved (GLM-5, 4.7-Flash) and half-split (GLM-4.5..4.7).
 
-The interleaved rotation writes its result de-interleaved (all first members, then all second):
-one permutation for queries and keys alike, so every dot product is the same.
+An interleaved pair is one complex number and its rotation one product, taken in fp32 and rounded
+once. (transformers writes the pairs de-interleaved; dot products are the same, cached keys are not.)
 """
 
 from __future__ import annotations
@@ -13,10 +13,17 @@ from torch import Tensor
 
 
 class Rotation(NamedTuple):
-    """cos and sin of position times frequency, fp32, [B, T, rotary_dim / 2]."""
+    """Position times frequency as cos + i sin, complex64 [B, T, rotary_dim / 2]."""
 
-    cos: Tensor
-    sin: Tensor
+    turns: Tensor
+
+    @property
+    def cos(self) -> Tensor:
+        return self.turns.real
+
+    @property
+    def sin(self) -> Tensor:
+        return self.turns.imag
 
 
 def rotation(positions_BT: Tensor, rotary_dim: int, theta: float) -> Rotation:
@@ -24,16 +31,25 @@ def rotation(positions_BT: Tensor, rotary_dim: int, theta: float) -> Rotation:
     exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions_BT.device)
     inverse_frequency = 1.0 / (theta ** (exponent / rotary_dim))
     angles = positions_BT.to(torch.float32).unsqueeze(-1) * inverse_frequency
-    return Rotation(angles.cos(), angles.sin())
+    return Rotation(torch.polar(torch.ones_like(angles), angles))
 
 
 def rotate(x: Tensor, angles: Rotation, *, interleaved: bool) -> Tensor:
     """Rotate the last dimension of `x` [B, T, r] or [B, T, heads, r] by its position's angles."""
+    if interleaved:
+        turns = angles.turns if x.dim() == 3 else angles.turns.unsqueeze(2)
+        return torch.view_as_real(_as_complex(x) * turns).flatten(-2).to(x.dtype)
     cos, sin = angles.cos.to(x.dtype), angles.sin.to(x.dtype)
     if x.dim() == 4:
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    if interleaved:
-        first, second = x[..., 0::2], x[..., 1::2]
-    else:
-        first, second = x.chunk(2, dim=-1)
+    first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _as_complex(x: Tensor) -> Tensor:
+    """[..., r] as r/2 complex numbers; a view where the memory allows it."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    *outer, inner = pairs.stride()
+    if inner != 1 or pairs.storage_offset() % 2 or any(stride % 2 for stride in outer):
+        pairs = pairs.contiguous()
+    return torch.view_as_complex(pairs)

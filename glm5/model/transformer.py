@@ -7,7 +7,7 @@ tensor and the MTP layer is `mtp.0` instead of `model.layers.N` (see `glm5.check
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from glm5.model.masks import TokenPlaces, Visibility, visibility
 from glm5.model.moe import MLP, ExpertBank, MixtureOfExperts, Router
 from glm5.model.norms import RMSNorm
 from glm5.model.rotary import Rotation, rotation
+
+if TYPE_CHECKING:
+    from glm5.model.mtp import MTPLayer
 
 
 @dataclass
@@ -155,6 +158,9 @@ class GlmForCausalLM(nn.Module):
                 module.down_proj.normal_(0.0, std, generator=generator)
             if isinstance(module, Router):
                 module.e_score_correction_bias.zero_()
+
+    def mtp_layers(self) -> list[MTPLayer]:
+        return list(self.mtp)  # type: ignore[arg-type]
 
     def moe_layers(self) -> list[MixtureOfExperts]:
         """Every expert layer in order, the MTP layer's last."""

@@ -63,27 +63,30 @@ class Cache:
         self.config, self.batch, self.capacity = config, batch, capacity
         self.dtype, self.device = dtype, torch.device(device)
         self.length = 0
+        layers = range(config.num_hidden_layers) if layers is None else layers
         self._positions = torch.zeros(batch, capacity, dtype=torch.int64, device=self.device)
         self._valid: Tensor | None = None
         self._prefix: Tensor | None = None
-        self.layers = [LayerCache(self, layer) for layer in layers or range(config.num_hidden_layers)]
+        self.layers = [LayerCache(self, layer) for layer in layers]
 
     def reserve(self, *shape: int) -> Tensor:
         return torch.empty(self.batch, self.capacity, *shape, dtype=self.dtype, device=self.device)
 
     def write(self, buffer: Tensor, rows: Tensor) -> Tensor:
         end = self.length + rows.shape[1]
+        if rows.shape[0] != self.batch:  # one row would be spread over all of them
+            raise RequestError(f"the cache is for {self.batch} rows, not {rows.shape[0]}")
         if end > self.capacity:
             raise RequestError(f"the cache holds {self.capacity} tokens, {end} are needed")
         buffer[:, self.length : end] = rows
         return buffer[:, :end]
 
     def next_positions(self, batch: int) -> Tensor | int:
-        """The position of each row's next token: an int where all rows agree, else [B, 1]."""
+        """The position of each row's next token: 0 while nothing is held, else [B, 1]."""
         if self.length == 0:
             return 0
         if self._valid is None:
-            return int(self._positions[0, self.length - 1]) + 1
+            return self._positions[:, self.length - 1 : self.length] + 1
         held = self._valid[:, : self.length].sum(dim=1, keepdim=True)
         return held.to(torch.int64)
 
@@ -92,6 +95,8 @@ class Cache:
         if places.documents is not None:
             raise RequestError("packed documents cannot be cached; give each its own row")
         start, end = self.length, self.length + places.positions.shape[1]
+        if places.positions.shape[0] not in (1, self.batch):
+            raise RequestError(f"the cache is for {self.batch} rows, not {places.positions.shape[0]}")
         if end > self.capacity:
             raise RequestError(f"the cache holds {self.capacity} tokens, {end} are needed")
         self._positions[:, start:end] = places.positions

@@ -68,7 +68,9 @@ def make_rows(
             )
         limit = model.config.max_position_embeddings
         if len(ids) + min(wanted.max_new_tokens, 1) > limit:
-            raise RequestError(f"{where} has {len(ids)} tokens; the model reads at most {limit}")
+            raise RequestError(
+                f"{where} has {len(ids)} tokens; the model holds at most {limit}, new ones included"
+            )
         if len(ids) + wanted.max_new_tokens > limit:
             wanted = wanted.with_changes(max_new_tokens=limit - len(ids))
         eos = frozenset() if wanted.ignore_eos else frozenset(model.config.eos_token_ids)
@@ -76,14 +78,27 @@ def make_rows(
     return rows
 
 
-@torch.inference_mode()
 def decode(
     model: GlmForCausalLM, rows: list[Row], *, prefill_chunk: int = PREFILL_CHUNK
 ) -> Iterator[list[Row]]:
     """Generate until every row has a finish reason; yields `rows` after each step.
 
     A row may be ended from outside between two steps with `Row.stop`.
+
+    Raises:
+        RequestError: at once, when `prefill_chunk` is not a positive integer.
     """
+    check_positive("prefill_chunk", prefill_chunk)
+    return _decode(model, rows, prefill_chunk)
+
+
+def check_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RequestError(f"{name} is {value!r}; it must be an integer from 1")
+
+
+@torch.inference_mode()
+def _decode(model: GlmForCausalLM, rows: list[Row], prefill_chunk: int) -> Iterator[list[Row]]:
     active = [row for row in rows if row.finish_reason is None]
     if not active:
         return
@@ -110,11 +125,11 @@ def prefill(
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Tensor:
     """Read prompts into an empty cache; returns the logits after their last tokens, [B, vocab]."""
-    ids, mask = pad_left(prompts, model.config.pad_token_id or 0)
+    ids, mask = pad_left(prompts, 0)  # masked: any id of the vocabulary will do
     ids, mask = ids.to(model.device), None if mask is None else mask.to(model.device)
     prefix = prefix_lengths(model, prompts)
     length = ids.shape[1]
-    step = length if prefix is not None else max(1, prefill_chunk)
+    step = length if prefix is not None else prefill_chunk
     logits = None
     for start in range(0, length, step):
         chunk = slice(start, min(length, start + step))

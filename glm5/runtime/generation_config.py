@@ -20,9 +20,35 @@ def read_generation_config(directory: Path) -> SamplingParams:
 
     `do_sample` absent counts as true where a temperature is given, as the vendor's files mean it.
     """
+    path, raw = directory / FILE, _read(directory)
+    if raw is None:
+        return SamplingParams()
+    values = {key: raw[key] for key in _KEYS if raw.get(key) is not None}
+    samples = raw.get("do_sample")
+    if samples is False or (samples is None and "temperature" not in values):
+        values["temperature"] = 0.0
+    values.setdefault("temperature", 1.0)
+    try:
+        return SamplingParams(**values)
+    except RequestError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_eos_token_ids(directory: Path) -> tuple[int, ...]:
+    """The end tokens that the file names; none without the file or the key."""
+    raw = _read(directory) or {}
+    ends = raw.get("eos_token_id")
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    wrong = next((end for end in ends if type(end) is not int or end < 0), None)
+    if wrong is not None:
+        raise ConfigError(f"{directory / FILE}: eos_token_id has {wrong!r}; it must be token ids")
+    return tuple(ends)
+
+
+def _read(directory: Path) -> dict[str, Any] | None:
     path = directory / FILE
     if not path.exists():
-        return SamplingParams()
+        return None
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES >> 20} MiB, not a {FILE}")
@@ -31,14 +57,7 @@ def read_generation_config(directory: Path) -> SamplingParams:
         raise ConfigError(f"{path}: not valid JSON ({error}); download it again") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: holds a JSON {type(raw).__name__}, expected an object")
-    values = {key: raw[key] for key in _KEYS if raw.get(key) is not None}
-    values.setdefault("temperature", 1.0)
-    if raw.get("do_sample", "temperature" in raw) is False:
-        values["temperature"] = 0.0
-    try:
-        return SamplingParams(**values)
-    except RequestError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    return raw
 
 
 def write_generation_config(directory: Path, config: ModelConfig, defaults: SamplingParams) -> None:
@@ -48,6 +67,8 @@ def write_generation_config(directory: Path, config: ModelConfig, defaults: Samp
         values |= {key: getattr(defaults, key) for key in ("temperature", "top_k", "top_p", "min_p")}
     if defaults.repetition_penalty != 1:
         values["repetition_penalty"] = defaults.repetition_penalty
-    values["eos_token_id"] = list(config.eos_token_ids)
-    values["pad_token_id"] = config.pad_token_id
+    if config.eos_token_ids:
+        values["eos_token_id"] = list(config.eos_token_ids)
+    if config.pad_token_id is not None:
+        values["pad_token_id"] = config.pad_token_id
     write_atomic(directory / FILE, json.dumps(values, indent=2) + "\n")

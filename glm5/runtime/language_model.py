@@ -19,7 +19,12 @@ from glm5.config import ModelConfig
 from glm5.errors import RequestError
 from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.decoding import PREFILL_CHUNK, Row, decode, make_rows
-from glm5.runtime.generation_config import read_generation_config, write_generation_config
+from glm5.runtime.generation_config import (
+    read_eos_token_ids,
+    read_generation_config,
+    write_generation_config,
+)
+from glm5.runtime.memory import keep_freed_memory
 from glm5.runtime.sampling import SamplingParams
 from glm5.runtime.speculation import SpeculationStats, decode_speculatively
 from glm5.runtime.text import TextStream
@@ -66,8 +71,13 @@ class LanguageModel(GlmForCausalLM):
         progress: Callable[[int, int], None] | None = None,
     ) -> LanguageModel:
         """Read weights, generation defaults and, where there is one, the tokenizer."""
+        if torch.device(device).type == "cpu":
+            keep_freed_memory()
         model = load_model(directory, dtype=dtype, device=device, progress=progress, model_class=cls)
         model.defaults = read_generation_config(directory)
+        ends = read_eos_token_ids(directory)
+        if ends:  # as in `transformers`, it counts before config.json
+            model.config = model.config.with_changes(eos_token_id=ends)
         if (directory / "tokenizer.json").exists():
             model.tokenizer = Tokenizer.from_pretrained(directory)
         return model
@@ -82,7 +92,7 @@ class LanguageModel(GlmForCausalLM):
 
     # ---------------------------------------------------------------- ids in, ids out
 
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -107,20 +117,22 @@ class LanguageModel(GlmForCausalLM):
         do_sample: False = greedy; None = as generation_config.json says.
         eos_token_id: additional to none, in place of the model's own.
         seed: row i draws with seed + i; None = another result every time.
-        use_mtp: speculate with the MTP layer (one greedy row; the same tokens, faster).
+        use_mtp: speculate with the MTP layer (one greedy row; faster; the same tokens in fp32, nearly
+            always in 16 bits).
+        prefill_chunk: tokens of the prompt read in one pass; fewer take less memory.
 
         Raises:
             RequestError: an impossible parameter, or a prompt too long for the model.
         """
+        prompts = _unpadded(input_ids, attention_mask)
+        if do_sample and temperature == 0:
+            raise RequestError("do_sample=True and temperature=0 contradict each other; leave one out")
         wanted = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         wanted["repetition_penalty"] = repetition_penalty
         params = self._sampling(do_sample, max_new_tokens, {k: v for k, v in wanted.items() if v is not None})
         if eos_token_id is not None:
-            ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+            ends = (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
             params = params.with_changes(stop_token_ids=ends, ignore_eos=True)
-        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-            raise RequestError("input_ids must be a tensor [batch, tokens]; use return_tensors='pt'")
-        prompts = _unpadded(input_ids, attention_mask)
         seeds = [None if seed is None else seed + i for i in range(len(prompts))]
         rows = make_rows(self, prompts, [params.with_changes(seed=s) for s in seeds])
         for _ in self._decode(rows, use_mtp, num_draft_tokens, prefill_chunk):
@@ -148,7 +160,7 @@ class LanguageModel(GlmForCausalLM):
 
         prompt: text to continue, or chat messages (`[{"role": "user", "content": "..."}]`).
         enable_thinking: chat only; None = the checkpoint's default (on, as published).
-        use_mtp: None = speculate whenever that is possible.
+        use_mtp: None = speculate where that cannot change the answer: greedy, in fp32.
         params: fields of `SamplingParams`; the rest comes from the checkpoint's defaults.
         on_finish: called with the whole completion after the last piece.
 
@@ -159,7 +171,9 @@ class LanguageModel(GlmForCausalLM):
         row = make_rows(self, [ids], [self.defaults.with_changes(**params)])[0]
         if use_mtp is None:
             use_mtp = self._can_speculate(row)
-        return self._stream(row, use_mtp, on_finish)
+        tokenizer = self._require_tokenizer()
+        steps = self._decode([row], use_mtp, 1, PREFILL_CHUNK)
+        return _stream(row, steps, TextStream(tokenizer, row.params.stop), on_finish)
 
     def complete(self, prompt: Prompt, **options: Any) -> Completion:
         """`stream` to the end."""
@@ -187,31 +201,6 @@ class LanguageModel(GlmForCausalLM):
 
     # ---------------------------------------------------------------- inside
 
-    def _stream(
-        self, row: Row, use_mtp: bool, on_finish: Callable[[Completion], None] | None
-    ) -> Iterator[str]:
-        text = TextStream(self._require_tokenizer(), row.params.stop)
-        given, pieces = 0, []
-        for _ in self._decode([row], use_mtp, 1, PREFILL_CHUNK):
-            while given < len(row.output_ids) and not text.stopped:
-                token = row.output_ids[given]
-                given += 1
-                if token in row.eos_ids:
-                    break
-                piece = text.push(token)
-                if text.stopped:
-                    row.stop()
-                if piece:
-                    pieces.append(piece)
-                    yield piece
-        rest = text.flush()
-        if rest:
-            pieces.append(rest)
-            yield rest
-        if on_finish is not None:
-            reason = "stop" if text.stopped else row.finish_reason or "stop"
-            on_finish(Completion("".join(pieces), row.output_ids[:given], len(row.prompt_ids), reason))
-
     def _decode(
         self, rows: list[Row], use_mtp: bool, num_draft_tokens: int, prefill_chunk: int
     ) -> Iterator[list[Row]]:
@@ -230,7 +219,8 @@ class LanguageModel(GlmForCausalLM):
 
     def _can_speculate(self, row: Row) -> bool:
         greedy = row.params.temperature == 0 and row.params.repetition_penalty == 1
-        return greedy and len(self.mtp) > 0 and self.config.attention_mask_type == "causal"
+        causal = self.config.attention_mask_type == "causal"
+        return greedy and causal and len(self.mtp) > 0 and self.dtype == torch.float32
 
     def _sampling(
         self, do_sample: bool | None, max_new_tokens: int, wanted: dict[str, Any]
@@ -248,12 +238,47 @@ class LanguageModel(GlmForCausalLM):
         return self.tokenizer
 
 
+def _stream(
+    row: Row,
+    steps: Iterator[list[Row]],
+    text: TextStream,
+    on_finish: Callable[[Completion], None] | None,
+) -> Iterator[str]:
+    given, pieces = 0, []
+    for _ in steps:
+        while given < len(row.output_ids) and not text.stopped:
+            token = row.output_ids[given]
+            given += 1
+            if token in row.eos_ids:
+                break
+            piece = text.push(token)
+            if text.stopped:
+                row.finish_reason = "stop"  # also where the last allowed token brought it
+            if piece:
+                pieces.append(piece)
+                yield piece
+    rest = text.flush()
+    if rest:
+        pieces.append(rest)
+        yield rest
+    if on_finish is not None:
+        reason = "stop" if text.stopped else row.finish_reason or "stop"
+        on_finish(Completion("".join(pieces), row.output_ids[:given], len(row.prompt_ids), reason))
+
+
 def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or len(input_ids) == 0:
+        raise RequestError("input_ids must be a tensor [batch, tokens]; use return_tensors='pt'")
+    if input_ids.is_floating_point() or input_ids.is_complex():
+        raise RequestError(f"input_ids is {input_ids.dtype}; token ids are integers")
     if attention_mask is None:
         rows: list[list[int]] = input_ids.tolist()
         return rows
+    if not isinstance(attention_mask, Tensor):
+        raise RequestError("attention_mask must be a tensor like input_ids; use return_tensors='pt'")
     if attention_mask.shape != input_ids.shape:
         raise RequestError(
             f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}"
         )
-    return [row[keep.bool()].tolist() for row, keep in zip(input_ids, attention_mask, strict=True)]
+    kept = attention_mask.bool().cpu()
+    return [row[keep].tolist() for row, keep in zip(input_ids.cpu(), kept, strict=True)]

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from glm5.errors import RequestError
 
+# Smaller ones (greedy to every purpose) would be zero in fp32.
+_LEAST_TEMPERATURE = 1e-30
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -20,7 +23,8 @@ class SamplingParams:
 
     temperature: 0 = greedy. top_k: 0 = off. top_p, min_p: probabilities. repetition_penalty: 1 =
     off; divides positive and multiplies negative logits of tokens seen (CTRL, section 4.1).
-    seed: None = another result every time. stop: strings that end the text and are not part of it.
+    seed: 0 to 2^63 - 1, None = another result every time. stop: strings that end the text and are
+    not part of it. stop_token_ids: tokens that end the row, beside the model's own.
     ignore_eos: go on past the model's end tokens.
 
     Raises:
@@ -53,17 +57,27 @@ class SamplingParams:
             if (
                 wrong_kind
                 or not low <= value <= high
+                or value == math.inf
                 or (value == 0 and name in ("top_p", "repetition_penalty"))
             ):
                 raise RequestError(f"{name} is {value!r}; it must be {'an integer ' if whole else ''}"
                                    f"{'above' if name in ('top_p', 'repetition_penalty') else 'from'} {low}"
                                    f"{'' if high == math.inf else f' to {high}'}")  # fmt: skip
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise RequestError("stop must be strings that are not empty")
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._check_ends()
+
+    def _check_ends(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) and s for s in stop):
+            raise RequestError(f"stop is {self.stop!r}; it must be strings that are not empty")
+        ids = self.stop_token_ids
+        if not isinstance(ids, (list, tuple, set, frozenset)) or not all(map(_is_whole, ids)):
+            raise RequestError(f"stop_token_ids is {ids!r}; it must be a list of token ids")
+        if self.seed is not None and not (_is_whole(self.seed) and 0 <= self.seed < 2**63):
+            raise RequestError(f"seed is {self.seed!r}; it must be None or an integer from 0 to 2^63 - 1")
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
 
     def with_changes(self, **changes: Any) -> SamplingParams:
         """A copy with other values; an unknown name is a RequestError."""
@@ -72,6 +86,10 @@ class SamplingParams:
         if unknown is not None:
             raise RequestError(f"{unknown!r} is no generation parameter; known: {', '.join(sorted(known))}")
         return replace(self, **changes)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Sampler:
@@ -89,7 +107,7 @@ class Sampler:
     def __call__(self, logits_V: Tensor) -> int:
         """The next token from the row's logits [vocab]."""
         if self.params.temperature == 0 and self.params.repetition_penalty == 1:
-            token = int(logits_V.argmax())
+            token = likeliest(logits_V)
         else:
             token = self._draw(logits_V.float().cpu())
         self._seen.add(token)
@@ -104,10 +122,27 @@ class Sampler:
                 values > 0, values / params.repetition_penalty, values * params.repetition_penalty
             )
             logits = logits.scatter(0, seen, penalised)
+        best = likeliest(logits)
         if params.temperature == 0:
-            return int(logits.argmax())
-        probabilities = cut_off(logits / params.temperature, params).softmax(dim=-1)
+            return best
+        # Relative to the best, so that a tiny temperature drives the others to -inf, not all to NaN.
+        scaled = (logits - logits[best]) / max(params.temperature, _LEAST_TEMPERATURE)
+        probabilities = cut_off(scaled, params).softmax(dim=-1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def likeliest(logits_V: Tensor) -> int:
+    """The lowest id of the largest logit.
+
+    Raises:
+        RequestError: a logit is NaN or the largest infinite, so that no answer would mean anything.
+    """
+    token = int(logits_V.argmax())  # the place of a NaN, where there is one
+    if not math.isfinite(float(logits_V[token])):
+        raise RequestError(
+            "the logits are not finite: the checkpoint is damaged, or float16 too narrow for it; use bfloat16"
+        )
+    return token
 
 
 def cut_off(logits: Tensor, params: SamplingParams) -> Tensor:

@@ -3,22 +3,28 @@
 A draft of `num_draft_tokens` is checked by one pass of the model over all of them. Products over
 several rows round differently from products over one, so where the two best logits of a checked
 position lie within that noise, the position is decided by a one-token pass, as plain decoding
-would do it.
+would do it. In fp32 that gives plain decoding's tokens; in 16 bits rounding can also change which
+experts run, which no margin of the logits covers, so that now and then the texts part.
+`index_share_for_mtp_iteration` is not followed: every draft step selects its tokens anew, which
+takes time and changes no result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from glm5.errors import RequestError
 from glm5.model.masks import visibility
+from glm5.model.mtp import MTPLayer
 from glm5.model.transformer import GlmForCausalLM, token_places
 from glm5.runtime.cache import Cache
-from glm5.runtime.decoding import PREFILL_CHUNK, Row
+from glm5.runtime.decoding import PREFILL_CHUNK, Row, check_positive
+from glm5.runtime.sampling import likeliest
 
 # Two logits closer than this share of their size may change places by rounding.
 _NOISE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -46,6 +52,7 @@ class Draft:
 
     def __init__(self, model: GlmForCausalLM, capacity: int) -> None:
         self.model = model
+        self.layer = cast(MTPLayer, model.mtp[0])
         layer = model.config.num_hidden_layers
         self.cache = Cache(
             model.config, 1, capacity, dtype=model.dtype, device=model.device, layers=range(layer, layer + 1)
@@ -57,9 +64,7 @@ class Draft:
         keys = self.cache.append_places(places)
         embedded = self.model.model.embed_tokens(following_1T)
         angles = self.model.angles(places.positions)
-        out = self.model.mtp[0].draft(
-            hidden_1TD, embedded, angles, visibility(places, keys), self.cache.layers[0]
-        )
+        out = self.layer.draft(hidden_1TD, embedded, angles, visibility(places, keys), self.cache.layers[0])
         self.cache.advance(following_1T.shape[1])
         return out[:, -1:]
 
@@ -75,7 +80,6 @@ class Draft:
         return tokens
 
 
-@torch.inference_mode()
 def decode_speculatively(
     model: GlmForCausalLM,
     row: Row,
@@ -86,23 +90,34 @@ def decode_speculatively(
 ) -> Iterator[list[Row]]:
     """`decode` for one greedy row; several tokens may come between two yields.
 
-    Raises RequestError when the model has no MTP layer or the row is not greedy.
+    Raises:
+        RequestError: at once; the model has no MTP layer, the row is not greedy, or a number is
+            not positive.
     """
+    check_positive("num_draft_tokens", num_draft_tokens)
+    check_positive("prefill_chunk", prefill_chunk)
     if not model.mtp:
         raise RequestError("the checkpoint has no MTP layer; decode without speculation")
     if row.params.temperature != 0 or row.params.repetition_penalty != 1:
         raise RequestError("speculation is for greedy decoding; set temperature 0 and repetition_penalty 1")
     if model.config.attention_mask_type == "prefix":
         raise RequestError("speculation does not know prefix attention; decode without it")
+    stats = stats if stats is not None else SpeculationStats()
+    return _decode_speculatively(model, row, num_draft_tokens, prefill_chunk, stats)
+
+
+@torch.inference_mode()
+def _decode_speculatively(
+    model: GlmForCausalLM, row: Row, num_draft_tokens: int, prefill_chunk: int, stats: SpeculationStats
+) -> Iterator[list[Row]]:
     if row.finish_reason is not None:
         return
-    stats = stats if stats is not None else SpeculationStats()
     capacity = len(row.prompt_ids) + row.params.max_new_tokens + num_draft_tokens + 1
     cache = Cache(model.config, 1, capacity, dtype=model.dtype, device=model.device)
     draft = Draft(model, capacity)
 
     hidden, logits = _read_prompt(model, row.prompt_ids, cache, draft, prefill_chunk)
-    row.take(int(logits.argmax()))
+    row.take(likeliest(logits))
     yield [row]
     while row.finish_reason is None:
         last = row.output_ids[-1]
@@ -122,7 +137,7 @@ def decode_speculatively(
             logits = out.logits[0, place]
             if place > 0 and _is_close(logits):
                 break  # this token is left to a pass of its own
-            token = int(logits.argmax())
+            token = likeliest(logits)
             row.take(token)
             stats.tokens += 1
             accepted += 1

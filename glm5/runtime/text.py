@@ -28,10 +28,11 @@ class TextStream:
         if self.stopped:
             return ""
         held = self._held + text
-        found = [place for place in (held.find(stop) for stop in self._stop) if place >= 0]
+        # The stop string that ends first counts, so that it does not matter how text is cut in tokens.
+        found = [(held.find(stop) + len(stop), held.find(stop)) for stop in self._stop if stop in held]
         if found:
             self.stopped, self._held = True, ""
-            return held[: min(found)]
+            return held[: min(found)[1]]
         keep = 0 if last else self._may_begin_stop(held)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

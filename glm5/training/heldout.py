@@ -52,9 +52,9 @@ def bits_per_byte(
         rows = [rows[i * len(rows) // max_rows] for i in range(max_rows)]
     bits, size = 0.0, 0
     for row in rows:
-        ids = torch.tensor([row], device=model.device)
+        input_ids = torch.tensor([row], device=model.device)
         losses = torch.nn.functional.cross_entropy(
-            model(ids).logits[0, 1:-1].float(), ids[0, 2:], reduction="sum"
+            model(input_ids).logits[0, 1:-1].float(), input_ids[0, 2:], reduction="sum"
         )
         bits += float(losses) / math.log(2)
         size += sum(len(tokenizer.token_bytes(i)) for i in row[2:])

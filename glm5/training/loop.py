@@ -6,7 +6,6 @@ the losses of one that never stopped (same machine, same number of threads).
 
 from __future__ import annotations
 
-import ctypes
 import json
 import signal
 import time
@@ -27,6 +26,7 @@ from glm5.model.attention import MultiHeadLatentAttention
 from glm5.model.masks import TokenPlaces, Visibility, visibility
 from glm5.model.rotary import Rotation
 from glm5.model.transformer import GlmForCausalLM
+from glm5.runtime.memory import keep_freed_memory
 from glm5.tokenizer import Tokenizer
 from glm5.training import heldout, losses
 from glm5.training.batches import Batch, PackedBatches
@@ -61,7 +61,7 @@ class Trainer:
         self.report = report or Report()
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
-        keep_freed_memory()
+        keep_freed_memory(of_any_size=True)
         self.tokenizer = self._tokenizer()
         infos = build_shards(recipe.data.corpus, self._shard_dir(), self.tokenizer, self.report.say)
         shards = open_shards(self._shard_dir(), infos, self.tokenizer.vocab_size)
@@ -169,7 +169,7 @@ class Trainer:
         if wants_indexer:
             indexer = self._indexer_loss(attentions, batch, angles, visible)
             total = total + recipe.loss.indexer * indexer
-        (total * weight).backward()  # type: ignore[no-untyped-call]
+        (total * weight).backward()
         values = torch.stack([lm.detach(), mtp.detach(), balance.detach(), indexer.detach()]) * weight
         loads = [
             None if layer.last_routing is None else losses.expert_loads(layer.last_routing)
@@ -187,7 +187,7 @@ class Trainer:
         if not self.model.mtp or loss.mtp == 0 or self.step % loss.mtp_every:
             return torch.zeros(())
         following = self.model.model.embed_tokens(batch.ids.roll(-1, dims=1))
-        drafted = self.model.mtp[0].draft(hidden, following, angles, visible)
+        drafted = self.model.mtp_layers()[0].draft(hidden, following, angles, visible)
         targets = losses.shifted_targets(batch.ids, batch.documents, batch.learned, 2)
         return losses.linear_cross_entropy(drafted, self.model.lm_head.weight, targets)
 
@@ -202,7 +202,7 @@ class Trainer:
         """The mean over indexers, each against all the layers it serves, on a few rows."""
         few = slice(0, self.recipe.loss.indexer_rows)
         mask = visible.as_mask(batch.ids.shape[1], batch.ids.device)[few]
-        few_angles = Rotation(angles.cos[few], angles.sin[few])
+        few_angles = Rotation(angles.turns[few])
         few_visible = Visibility(visible.num_keys, mask_BTS=mask)
         served: list[list[tuple[MultiHeadLatentAttention, Tensor]]] = []
         for attention in attentions:
@@ -309,21 +309,6 @@ def _sum(loads: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
 def _rows_of(batch: Batch, rows: slice) -> Batch:
     prefix = None if batch.prefix is None else batch.prefix[rows]
     return Batch(batch.ids[rows], batch.documents[rows], batch.positions[rows], batch.learned[rows], prefix)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse large buffers instead of returning them to the kernel after every product.
-
-    A step's tens of megabytes are otherwise faulted in page by page again and again (measured:
-    15% of a step of the nano recipe). No-op with other C libraries.
-    """
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20)):
-            libc.mallopt(parameter, value)
-    except (OSError, AttributeError):
-        return
 
 
 class _Interrupt:

@@ -123,7 +123,9 @@ def indexer_loss(
     """
     mask = visible.as_mask(learned_BT.shape[1], learned_BT.device)
     with torch.no_grad():
-        target = sum(attention.probabilities(x, angles, mask).sum(dim=1) for attention, x in served)
+        target = torch.stack(
+            [attention.probabilities(x, angles, mask).sum(dim=1) for attention, x in served]
+        ).sum(dim=0)
         target = target / target.sum(dim=-1, keepdim=True)
     owner, x_BTD = served[0]
     assert owner.indexer is not None

@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        blocks: dict[nn.Parameter, Blocks],
+        blocks: dict[Tensor, Blocks],
         *,
         lr: float,
         momentum: float,
@@ -103,9 +103,9 @@ def build_optimizers(model: GlmForCausalLM, settings: OptimizerSection) -> list[
     return [muon, adamw]
 
 
-def matrix_blocks(model: GlmForCausalLM) -> dict[nn.Parameter, Blocks]:
+def matrix_blocks(model: GlmForCausalLM) -> dict[Tensor, Blocks]:
     """The parameters that hold several matrices, each with the way to view them apart."""
-    blocks: dict[nn.Parameter, Blocks] = {}
+    blocks: dict[Tensor, Blocks] = {}
     for module in model.modules():
         if isinstance(module, ExpertBank):
             width = module.down_proj.shape[2]

@@ -98,7 +98,7 @@ def _optimizer_tensors(
     model: GlmForCausalLM, optimizers: Sequence[torch.optim.Optimizer]
 ) -> list[PlannedTensor]:
     planned = []
-    names_of = {parameter: name for name, parameter in model.named_parameters()}
+    names_of: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             for key, value in state.items():

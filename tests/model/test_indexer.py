@@ -133,7 +133,7 @@ def test_scores_are_the_formula_and_chunks_choose_the_same(
         selection = indexer(x, q_latent, angles, causal)
         assert selection.topk == 8
         at = data.draw(st.integers(1, length - 1))
-        tail = type(angles)(angles.cos[:, at:], angles.sin[:, at:])
+        tail = type(angles)(angles.turns[:, at:])
         late = indexer.scores(x[:, at:], q_latent[:, at:], keys, tail)
     torch.testing.assert_close(late, scores[:, at:], atol=1e-5, rtol=1e-4)
     assert torch.equal(selection.mask_BTS, select(scores, causal.as_mask(length, CPU), 8).mask_BTS)

@@ -1,0 +1,144 @@
+"""`generate`: ids in, ids out; and what generation_config.json says about it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import glm5
+from glm5 import AutoModelForCausalLM, LanguageModel
+from glm5.errors import ConfigError, RequestError
+from glm5.runtime.generation_config import read_generation_config
+from tests.runtime.language_model_fixture import tiny_language_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    tiny_language_model().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> LanguageModel:
+    return glm5.load(checkpoint)
+
+
+def test_padding_may_stand_on_either_side(model: LanguageModel) -> None:
+    ids = torch.tensor([[7, 8, 9, 1, 1], [1, 1, 7, 8, 9]])
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
+    out = model.generate(ids, mask, max_new_tokens=5, eos_token_id=[])
+    assert torch.equal(out[0, 5:], out[1, 5:])
+
+
+def test_ended_rows_are_padded(model: LanguageModel) -> None:
+    ids = torch.tensor([[5, 6], [90, 91]])
+    free = model.generate(ids, max_new_tokens=9, eos_token_id=[])[:, 2:].tolist()
+    end = next(token for token in free[0] if token not in free[1])
+    at = free[0].index(end) + 1
+    out = model.generate(ids, max_new_tokens=9, eos_token_id=end)
+    assert out[0, 2:].tolist() == free[0][:at] + [model.config.pad_token_id] * (9 - at)
+    assert out[1, 2:].tolist() == free[1]
+    assert (model.generate(ids, max_new_tokens=9, eos_token_id=end, pad_token_id=3)[0, 2 + at :] == 3).all()
+
+
+def test_seeded_rows_draw_and_repeat(model: LanguageModel) -> None:
+    ids = torch.tensor([[5, 6], [5, 6]])
+    hot: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": [], "do_sample": True, "temperature": 1.5}
+    first = model.generate(ids, seed=3, **hot)
+    assert torch.equal(first, model.generate(ids, seed=3, **hot))
+    assert not torch.equal(first[0], first[1])
+    assert torch.equal(first[1], model.generate(ids[:1], seed=4, **hot)[0])
+
+
+def test_no_new_token_gives_the_prompt(model: LanguageModel) -> None:
+    ids = torch.tensor([[5, 6]])
+    assert torch.equal(model.generate(ids, max_new_tokens=0), ids)
+
+
+def test_speculation_gives_the_same_ids(model: LanguageModel) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    free = {"max_new_tokens": 10, "eos_token_id": []}
+    drafted = model.generate(ids, use_mtp=True, num_draft_tokens=2, **free)  # type: ignore[arg-type]
+    assert torch.equal(drafted, model.generate(ids, **free))  # type: ignore[arg-type]
+    assert model.last_speculation.tokens == 9
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        ([[5, 6]], {"attention_mask": torch.ones(1, 3)}, "attention_mask has shape"),
+        ([[5, 6]], {"attention_mask": [[1, 1]]}, "attention_mask must be a tensor"),
+        ([[5, 6]], {"attention_mask": torch.zeros(1, 2)}, "the prompt is empty"),
+        ([5, 6], {}, "input_ids must be a tensor"),
+        ([[0.5]], {}, "token ids are integers"),
+        ([[5, 10**6]], {}, "token id 1000000"),
+        ([[5]], {"temperature": -1}, "temperature is -1"),
+        ([[5]], {"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ([[5]], {"do_sample": True, "temperature": 0}, "contradict"),
+        ([[5]], {"prefill_chunk": 0}, "prefill_chunk is 0"),
+        ([[5], [6]], {"use_mtp": True}, "use_mtp is for one row"),
+        ([[5]], {"use_mtp": True, "num_draft_tokens": 0}, "num_draft_tokens is 0"),
+        ([[5]], {"seed": -1}, "seed is -1"),
+    ],
+)
+def test_an_impossible_request_is_refused(
+    model: LanguageModel, inputs: list[Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        model.generate(torch.tensor(inputs), **options)
+
+
+def test_an_empty_batch_is_refused(model: LanguageModel) -> None:
+    with pytest.raises(RequestError, match="input_ids must be a tensor"):
+        model.generate(torch.zeros(0, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("raw", "temperature"),
+    [
+        ({}, 0.0),
+        ({"do_sample": True}, 1.0),
+        ({"temperature": 0.7}, 0.7),
+        ({"do_sample": None, "temperature": 0.7}, 0.7),
+        ({"do_sample": False, "temperature": 0.7}, 0.0),
+    ],
+)
+def test_a_generation_config_says_whether_to_draw(
+    tmp_path: Path, raw: dict[str, Any], temperature: float
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(raw))
+    assert read_generation_config(tmp_path).temperature == temperature
+
+
+def test_the_end_tokens_of_the_generation_config_count(tmp_path: Path) -> None:
+    tiny_language_model().save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": 7}))
+    assert glm5.load(tmp_path).config.eos_token_ids == (7,)
+    for bad in ('{"eos_token_id": ["x"]}', '{"top_p": 7}', "[]", "{"):
+        path.write_text(bad)
+        with pytest.raises(ConfigError, match=r"generation_config\.json"):
+            glm5.load(tmp_path)
+
+
+def test_sixteen_bit_weights_are_speculated_only_when_asked(checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="bfloat16")
+    model.complete("The quick", max_new_tokens=4)
+    assert not hasattr(model, "last_speculation")
+    model.complete("The quick", max_new_tokens=4, use_mtp=True)
+    assert model.last_speculation.passes > 0
+
+
+def test_without_a_tokenizer_only_ids_work(tmp_path: Path) -> None:
+    model = tiny_language_model()
+    model.tokenizer = None
+    model.save_pretrained(tmp_path)
+    again = glm5.load(tmp_path)
+    assert again.generate(torch.tensor([[1, 2]]), max_new_tokens=2, eos_token_id=[]).shape == (1, 4)
+    with pytest.raises(RequestError, match="has no tokenizer"):
+        again.stream("x")
