@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from glm5.config import MODEL_TYPES
 from glm5.errors import RequestError
-from glm5.model.transformer import GlmForCausalLM
+from glm5.model.masks import visibility
+from glm5.model.transformer import GlmForCausalLM, token_places
 from glm5.runtime.decoding import decode, make_rows
 from glm5.runtime.sampling import SamplingParams
 from glm5.runtime.speculation import SpeculationStats, decode_speculatively
@@ -100,6 +101,29 @@ def test_disturbed_drafts_are_both_taken_and_refused(model_type: str) -> None:
     assert 0 < stats.accepted < stats.drafted
 
 
+@types
+@pytest.mark.parametrize("chunk", [1, 3, 2048])
+@torch.inference_mode()
+def test_the_draft_layer_reads_what_it_reads_in_training(model_type: str, chunk: int) -> None:
+    """Its cached outputs are those of one uncached pass over the prompt and the answer."""
+    model, prompt, read = DISTURBED[model_type], [9, 200, 31, 5, 77, 4, 18], []
+    hook = model.mtp[0].shared_head.register_forward_hook(lambda _, args, out: read.append(out))
+    ids, _, stats = speculated(model, prompt, SamplingParams(max_new_tokens=14), 1, chunk)
+    hook.remove()
+    whole = torch.tensor([[*prompt, *ids]])
+    places = token_places(whole[:, 1:])
+    expected = model.mtp[0].draft(
+        model(whole).hidden[:, :-1],
+        model.model.embed_tokens(whole[:, 1:]),
+        model.angles(places.positions),
+        visibility(places, places),
+    )
+    found = torch.cat(read, dim=1)
+    assert found.shape[1] >= whole.shape[1] - 3
+    torch.testing.assert_close(found, expected[:, : found.shape[1]], atol=2e-5, rtol=1e-4)
+    assert stats.accepted > 0
+
+
 # --- fewer passes ----------------------------------------------------------------------------
 
 
@@ -123,6 +147,7 @@ def test_the_length_may_end_within_a_draft(start: int, new: int, drafts: int) ->
     )
     assert (ids, reason) == (counted(start, new), "length")
     assert stats.tokens == new - 1
+    assert stats.accepted == stats.drafted  # nothing is drafted past the end
 
 
 @settings(max_examples=12, deadline=None)
@@ -137,10 +162,14 @@ def test_equal_logits_are_decided_as_plain_decoding_does() -> None:
     model = counting_model()
     with torch.no_grad():  # tokens 40 and 140 are equally likely after 39, and so after 139
         model.lm_head.weight[140] = model.lm_head.weight[40]
-    params = SamplingParams(max_new_tokens=12)
-    *found, stats = speculated(model, [35], params, 4)
-    assert tuple(found) == plain(model, [35], params)
+    params = SamplingParams(max_new_tokens=40, stop_token_ids=(46,))
+    widths: list[int] = []
+    hook = model.model.register_forward_hook(lambda _, args, out: widths.append(out.shape[1]))
+    *found, stats = speculated(model, [35, 36], params, 4)
+    hook.remove()
+    assert tuple(found) == plain(model, [35, 36], params) == (counted(36, 10), "stop")
     assert stats.accepted > 0
+    assert 1 in widths[1:]  # the pass that decides
 
 
 def test_a_row_ended_from_outside_ends() -> None:
