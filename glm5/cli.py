@@ -29,7 +29,9 @@ Model = Annotated[
         "--model", "-m", metavar="PATH", help="Checkpoint directory or hub name; default: embedded."
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="auto (as stored), float32, float16, bfloat16; default: fastest.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda:N.")]
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longest answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="0 = greedy; default: the checkpoint's.")]
@@ -53,7 +55,7 @@ def chat(
     min_p: MinP = None,
     repetition_penalty: Penalty = None,
     seed: Seed = None,
-    dtype: Dtype = "auto",
+    dtype: Dtype = None,
     device: Device = "auto",
 ) -> None:
     """Talk to a model. From a pipe: one line in, one answer out."""
@@ -84,7 +86,7 @@ def generate(
     min_p: MinP = None,
     repetition_penalty: Penalty = None,
     seed: Seed = None,
-    dtype: Dtype = "auto",
+    dtype: Dtype = None,
     device: Device = "auto",
 ) -> None:
     """Continue a text."""
@@ -166,7 +168,7 @@ def _sampling(*values: float | None) -> dict[str, Any]:
     return given
 
 
-def _load(model: str | None, dtype: str, device: str) -> Any:
+def _load(model: str | None, dtype: str | None, device: str) -> Any:
     import glm5
     from glm5.loading_bar import loading_bar
 

@@ -34,7 +34,7 @@ from glm5.training.bpe import train_bpe
 from glm5.training.optimizers import build_optimizers, learning_rate
 from glm5.training.progress import Report
 from glm5.training.recipe import Recipe
-from glm5.training.shards import build_shards, open_shards, sample_texts
+from glm5.training.shards import build_shards, corpus_files, open_shards, sample_texts
 from glm5.training.snapshots import list_snapshots, load_snapshot, save_snapshot
 
 LOG_FILE = "log.jsonl"
@@ -62,6 +62,8 @@ class Trainer:
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
         keep_freed_memory(of_any_size=True)
+        corpus_files(recipe.data.corpus)  # what is missing is said before any work is done
+        heldout.heldout_texts(recipe.data.corpus)
         self.tokenizer = self._tokenizer()
         infos = build_shards(recipe.data.corpus, self._shard_dir(), self.tokenizer, self.report.say)
         shards = open_shards(self._shard_dir(), infos, self.tokenizer.vocab_size)
