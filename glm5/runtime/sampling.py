@@ -152,9 +152,10 @@ def cut_off(logits: Tensor, params: SamplingParams) -> Tensor:
         least = logits.topk(params.top_k).values[-1]
         logits = logits.masked_fill(logits < least, float("-inf"))
     if params.top_p < 1:
-        ordered, order = logits.sort(descending=True, stable=True)
-        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-        dropped = order[before >= params.top_p]  # the first is always kept: before is 0 there
+        # From the least likely up: small probabilities are summed before they can be rounded away.
+        ordered, order = logits.sort(stable=True)
+        at_most = ordered.softmax(dim=-1).cumsum(dim=-1)
+        dropped = order[:-1][at_most[:-1] <= 1 - params.top_p]  # the likeliest is always kept
         logits = logits.index_fill(0, dropped, float("-inf"))
     if params.min_p > 0:
         probabilities = logits.softmax(dim=-1)
