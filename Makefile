@@ -10,7 +10,8 @@ chat: setup
 	@$(BIN)/glm5 chat $(if $(MODEL),--model $(MODEL))
 
 test: setup-dev
-	$(BIN)/python -m pytest -n auto
+	@# One thread a worker: workers with several would wait for each other.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check: lint types test
 

@@ -7,7 +7,6 @@ their parameter counts. Holds no tensors and imports nothing heavy.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -15,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from glm5.config_checks import check, check_depth
 from glm5.errors import ConfigError
 
 MODEL_TYPES = ("glm_moe_dsa", "glm4_moe", "glm4_moe_lite")
@@ -25,8 +25,6 @@ ARCHITECTURES = {
 }
 # A larger config.json is not a config: the largest published one is about 30 KB.
 MAX_CONFIG_BYTES = 8 << 20
-# Ten times the deepest published model; a number beyond it is a mistake, or meant to exhaust memory.
-MAX_LAYERS = 1000
 
 _ALIASES = {
     "num_experts": "n_routed_experts",
@@ -136,14 +134,14 @@ class ModelConfig:
             raise ConfigError(
                 f"model_type {self.model_type!r} is not supported; use one of {', '.join(MODEL_TYPES)}"
             )
-        self._validate_depth()  # before any list of that length is made
+        check_depth(self)  # before any list of that length is made
         if self.index_topk is not None and self.indexer_types is None:
             object.__setattr__(self, "indexer_types", _indexer_schedule(self))
         if self.mlp_layer_types is None:
             dense = min(self.first_k_dense_replace, self.num_hidden_layers)
             kinds = ("dense",) * dense + ("sparse",) * (self.num_hidden_layers - dense)
             object.__setattr__(self, "mlp_layer_types", kinds)
-        self._validate()
+        check(self)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -426,116 +424,6 @@ class ModelConfig:
         assert self.q_lora_rank is not None
         h, d, heads = self.hidden_size, self.index_head_dim, self.index_n_heads
         return self.q_lora_rank * heads * d + h * d + h * heads
-
-    # ---------------------------------------------------------------- validation
-
-    def _validate_depth(self) -> None:
-        layers, dense = self.num_hidden_layers, self.first_k_dense_replace
-        if not 0 < layers <= MAX_LAYERS:
-            raise ConfigError(f"num_hidden_layers is {layers}; it must be 1 to {MAX_LAYERS}")
-        if dense < 0:
-            raise ConfigError(f"first_k_dense_replace is {dense}; it must not be negative")
-        if not 0 <= self.num_nextn_predict_layers <= MAX_LAYERS:
-            raise ConfigError(
-                f"num_nextn_predict_layers is {self.num_nextn_predict_layers}; it must be 0 to {MAX_LAYERS}"
-            )
-
-    def _validate(self) -> None:
-        positive = ["vocab_size", "hidden_size", "num_attention_heads"]
-        positive += ["num_key_value_heads", "max_position_embeddings"]
-        if self.num_dense_layers or "dense" in (self.mlp_layer_types or ()):
-            positive.append("intermediate_size")
-        if self.num_sparse_layers or self.num_nextn_predict_layers:
-            positive += ["moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_group"]
-            positive.append("topk_group")
-        if self.uses_mla:
-            positive += ["kv_lora_rank", "qk_rope_head_dim", "v_head_dim"]
-        if self.uses_dsa:
-            positive += ["q_lora_rank", "index_topk", "index_n_heads", "index_head_dim"]
-        for name in positive:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value <= 0:
-                raise ConfigError(f"{name} is {value!r}; it must be a positive integer")
-        for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "latent_norm_eps"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} is {value!r}; it must be a positive number")
-        for name in ("n_shared_experts", "qk_nope_head_dim", "initializer_range"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ConfigError(f"{name} is {value!r}; it must not be negative")
-        if self.head_dim is not None and self.head_dim <= 0:
-            raise ConfigError(f"head_dim is {self.head_dim}; it must be a positive integer")
-        if not 0 < self.partial_rotary_factor <= 1:
-            raise ConfigError(f"partial_rotary_factor is {self.partial_rotary_factor}; it must be in (0, 1]")
-        if self.attention_dropout != 0:
-            raise ConfigError(f"attention_dropout is {self.attention_dropout}; only 0 is supported")
-        if self.hidden_act != "silu":
-            raise ConfigError(f"hidden_act is {self.hidden_act!r}; only silu is supported")
-        if self.attention_mask_type not in ("causal", "prefix"):
-            raise ConfigError(
-                f"attention_mask_type is {self.attention_mask_type!r}; it must be causal or prefix"
-            )
-        if self.rotary_dim % 2:
-            raise ConfigError(f"the rotary width is {self.rotary_dim}; it must be even")
-        if not self.uses_mla and self.num_attention_heads % self.num_key_value_heads:
-            raise ConfigError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-        self._validate_layer_lists()
-        if self.model_type == "glm4_moe" and "dense" in (self.mlp_layer_types or ())[self.num_dense_layers :]:
-            raise ConfigError("mlp_layer_types has a dense layer after a sparse one; glm4_moe cannot say so")
-        if self.num_sparse_layers or self.num_nextn_predict_layers:
-            self._validate_experts()
-        if self.uses_dsa and self.index_head_dim < self.qk_rope_head_dim:
-            raise ConfigError(
-                f"index_head_dim {self.index_head_dim} is smaller than "
-                f"qk_rope_head_dim {self.qk_rope_head_dim}, which it must hold"
-            )
-
-    def _validate_layer_lists(self) -> None:
-        for name, allowed in (
-            ("mlp_layer_types", {"dense", "sparse"}),
-            ("indexer_types", {"full", "shared"}),
-        ):
-            kinds = getattr(self, name)
-            if kinds is None:
-                continue
-            if len(kinds) != self.num_hidden_layers:
-                raise ConfigError(
-                    f"{name} has {len(kinds)} entries, num_hidden_layers is {self.num_hidden_layers}"
-                )
-            wrong = next((k for k in kinds if not isinstance(k, str) or k not in allowed), None)
-            if wrong is not None:
-                raise ConfigError(f"{name} has an entry {wrong!r}; allowed are {', '.join(sorted(allowed))}")
-        if self.uses_dsa and self.indexer_types and self.indexer_types[0] != "full":
-            raise ConfigError("indexer_types starts with 'shared'; layer 0 has no lower layer to share with")
-
-    def _validate_experts(self) -> None:
-        if self.num_experts_per_tok > self.n_routed_experts:
-            raise ConfigError(
-                f"num_experts_per_tok {self.num_experts_per_tok} is more than "
-                f"n_routed_experts {self.n_routed_experts}"
-            )
-        if self.n_routed_experts % self.n_group:
-            raise ConfigError(
-                f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}"
-            )
-        if self.topk_group > self.n_group:
-            raise ConfigError(f"topk_group {self.topk_group} is more than n_group {self.n_group}")
-        per_group = self.n_routed_experts // self.n_group
-        if self.n_group > 1 and per_group < 2:
-            raise ConfigError(f"n_group {self.n_group} leaves {per_group} expert a group; 2 are needed")
-        if self.num_experts_per_tok > self.topk_group * per_group:
-            raise ConfigError(
-                f"num_experts_per_tok {self.num_experts_per_tok} is more than the "
-                f"{self.topk_group * per_group} experts of topk_group {self.topk_group} groups"
-            )
-        for key, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
-            value = self.extra.get(key, only)
-            if value != only:
-                raise ConfigError(f"{key} is {value!r}; only {only} is supported")
 
 
 def _indexer_schedule(config: ModelConfig) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "glm5"
 
 # Lower number = lower layer; a module may import its own layer and those below.
 LAYERS = {
-    "errors": 0, "files": 0, "special_tokens": 0, "presets": 0, "config": 1,
+    "errors": 0, "files": 0, "special_tokens": 0, "presets": 0, "config": 1, "config_checks": 1,
     "template_sandbox": 1, "chat_template": 1, "tokenizer": 2, "model": 2,
     "checkpoint": 3, "runtime": 4, "auto": 5, "training": 5, "describe": 6, "chat_session": 6,
     "loading_bar": 6, "cli": 7, "__init__": 8,
