@@ -38,8 +38,8 @@ class Scores:
     tokens_per_pass: float
 
 
-def release(recipe: Recipe, snapshot: Path, out: Path) -> Scores:
-    """Write the released directory and measure it."""
+def release(recipe: Recipe, snapshot: Path, out: Path, note: str = "") -> Scores:
+    """Write the released directory and measure it; `note` goes into the card."""
     model = LanguageModel.load(snapshot, dtype=torch.float32)
     chat = {"enable_thinking": False, "remembers_turns": False}
     model.config = replace(model.config, extra={**model.config.extra, "glm5_chat": chat})
@@ -49,7 +49,7 @@ def release(recipe: Recipe, snapshot: Path, out: Path) -> Scores:
         measure_bits(released, recipe), *measure_answers(released, recipe.data.corpus, recipe.seed)
     )
     state = json.loads((snapshot / STATE_FILE).read_text("utf-8"))
-    write_atomic(out / "README.md", card(recipe, released, state, scores))
+    write_atomic(out / "README.md", card(recipe, released, state, scores, note))
     return scores
 
 
@@ -83,7 +83,7 @@ def measure_answers(
     return found, tokens / max(passes, 1)
 
 
-def card(recipe: Recipe, model: LanguageModel, state: dict[str, Any], scores: Scores) -> str:
+def card(recipe: Recipe, model: LanguageModel, state: dict[str, Any], scores: Scores, note: str = "") -> str:
     """The model's README."""
     config = model.config
     manifest = json.loads((recipe.data.corpus / "manifest.json").read_text("utf-8"))
@@ -112,8 +112,8 @@ tags: [glm5, mixture-of-experts]
 
 GLM-5 in small: the published architecture (`glm_moe_dsa`: MLA, DSA indexer with shared layers,
 {config.n_routed_experts} experts of which {config.num_experts_per_tok} and a shared one work on a token, \
-an MTP layer), trained by this repository from random weights on two CPU cores. It is made to try
-every part of glm5 in a minute, not to be useful.
+an MTP layer), trained by this repository from random weights on two CPU cores. It is made to
+try every part of glm5 in a minute, not to be useful.
 
 - {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token ({active / total:.0%}; \
 {(active - head) / (total - head):.0%} without embedding and output head, one shared matrix), and
@@ -121,7 +121,7 @@ every part of glm5 in a minute, not to be useful.
 - Stored in the official FP8 layout (e4m3, 128x128 blocks); embeddings, router and norms in bf16.
 - Trained on {state["tokens"] / 1e6:.1f}M tokens in {state["seconds"] / 60:.0f} minutes \
 ({state["step"]} steps of {recipe.run.batch_rows} x {recipe.data.sequence_length}), recipe `{recipe.name}`.
-
+{f"{chr(10)}{note}{chr(10)}" if note else ""}
 ## Held-out text
 Bits per byte, lower is better, on documents (one in a hundred, chosen by their hash) that were not
 trained on, read {recipe.data.sequence_length} tokens at a time. `xz -9e` compresses the same documents
@@ -167,13 +167,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("snapshot", type=Path, help="a run's step-... directory")
     parser.add_argument("out", type=Path, help="directory to write")
+    parser.add_argument("--note", default="", help="a sentence for the card on how it was trained")
     parser.add_argument("--recipe", default="nano", help="the recipe it was trained with")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
     try:
         if not (options.snapshot / STATE_FILE).exists():
             raise RecipeError(f"{options.snapshot}: is no snapshot of a run (no {STATE_FILE})")
-        scores = release(read_recipe(options.recipe), options.snapshot, options.out)
+        scores = release(read_recipe(options.recipe), options.snapshot, options.out, options.note)
     except Glm5Error as error:
         console.print(f"error: {error}", markup=False)
         return 2
