@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from glm5.config import ModelConfig
 from glm5.model.indexer import Indexer, Selection
+from glm5.model.linear import Linear
 from glm5.model.masks import Visibility
 from glm5.model.norms import RMSNorm
 from glm5.model.rotary import Rotation, rotate
@@ -45,19 +46,19 @@ class MultiHeadLatentAttention(nn.Module):
 
         hidden, bias, eps = config.hidden_size, config.attention_bias, config.norm_eps_of_latents
         query_width = self.num_heads * config.qk_head_dim
-        self.q_a_proj: nn.Linear | None = None
+        self.q_a_proj: Linear | None = None
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, query_width, bias=False)
+            self.q_proj = Linear(hidden, query_width, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent_dim + self.rotary_dim, bias=bias)
+            self.q_b_proj = Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = Linear(hidden, self.latent_dim + self.rotary_dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.latent_dim, eps)
-        self.kv_b_proj = nn.Linear(
+        self.kv_b_proj = Linear(
             self.latent_dim, self.num_heads * (self.nope_dim + self.value_dim), bias=False
         )
-        self.o_proj = nn.Linear(self.num_heads * self.value_dim, hidden, bias=bias)
+        self.o_proj = Linear(self.num_heads * self.value_dim, hidden, bias=bias)
         self.indexer = Indexer(config) if config.has_indexer(layer) else None
         self.uses_dsa = config.uses_dsa
         # For the indexer's loss: the latest input, when it is asked for.
@@ -218,10 +219,10 @@ class GroupedQueryAttention(nn.Module):
         self.rotary_dim = config.rotary_dim
         self.scale = self.head_dim**-0.5
         hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, self.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, self.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=False)
+        self.q_proj = Linear(hidden, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = Linear(hidden, self.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = Linear(hidden, self.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = Linear(self.num_heads * self.head_dim, hidden, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
 

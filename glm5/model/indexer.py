@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glm5.config import ModelConfig
+from glm5.model.linear import Linear
 from glm5.model.masks import Visibility
 from glm5.model.rotary import Rotation, rotate
 
@@ -52,10 +53,10 @@ class Indexer(nn.Module):
         self.rotary_dim = config.qk_rope_head_dim
         self.topk = config.index_topk
         self.interleaved = config.indexer_rope_interleave
-        self.wq_b = nn.Linear(config.q_lora_rank, self.num_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
+        self.wq_b = Linear(config.q_lora_rank, self.num_heads * self.head_dim, bias=False)
+        self.wk = Linear(config.hidden_size, self.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=INDEX_NORM_EPS)
-        self.weights_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.weights_proj = Linear(config.hidden_size, self.num_heads, bias=False)
 
     def forward(
         self,

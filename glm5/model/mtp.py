@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from glm5.config import ModelConfig
+from glm5.model.linear import Linear
 from glm5.model.masks import Visibility
 from glm5.model.norms import RMSNorm
 from glm5.model.rotary import Rotation
@@ -37,7 +38,7 @@ class MTPLayer(DecoderLayer):
         super().__init__(config, layer)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = SharedHead(config)
 
     def draft(

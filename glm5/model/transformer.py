@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from glm5.config import ModelConfig
 from glm5.model.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from glm5.model.indexer import Indexer, Selection
+from glm5.model.linear import Linear
 from glm5.model.masks import TokenPlaces, Visibility, visibility
 from glm5.model.moe import MLP, ExpertBank, MixtureOfExperts, Router
 from glm5.model.norms import RMSNorm
@@ -60,21 +61,6 @@ class DecoderLayer(nn.Module):
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), selection
 
 
-class OutputHead(nn.Linear):
-    """The output head: the largest matrix that decoding reads for one row."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        rows, threads = input.numel() // self.in_features, torch.get_num_threads()
-        splits = rows == 1 and threads > 1 and input.device.type == "cpu" and not torch.is_grad_enabled()
-        if not splits or self.out_features % threads:
-            return super().forward(input)
-        # MKL reads a matrix for one row on one thread; a batch of its parts is read by all
-        # (6400 x 256 fp32 from memory, 2 threads: 260 us instead of 510).
-        parts = self.weight.view(threads, -1, self.in_features).transpose(1, 2)
-        out = torch.bmm(input.reshape(1, 1, -1).expand(threads, 1, -1), parts)
-        return out.view(*input.shape[:-1], self.out_features)
-
-
 class GlmModel(nn.Module):
     """Token ids to hidden states after the final norm."""
 
@@ -108,7 +94,7 @@ class GlmForCausalLM(nn.Module):
 
         self.config = config
         self.model = GlmModel(config)
-        self.lm_head = OutputHead(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.mtp = nn.ModuleList(

@@ -113,5 +113,5 @@ def test_indexer_loss_teaches_the_indexer_only_and_falls() -> None:
         assert touched
         assert all(".indexer." in name for name in touched)
         optimizer.step()
-        first, last = first if first is not None else float(loss), float(loss)
+        first, last = first if first is not None else float(loss.detach()), float(loss.detach())
     assert first > last > 0
