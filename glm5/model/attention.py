@@ -99,7 +99,9 @@ class MultiHeadLatentAttention(nn.Module):
     def probabilities(self, x_BTD: Tensor, angles: Rotation, mask_BTS: Tensor) -> Tensor:
         """Attention weights [B, H, T, S] of an uncached pass: what an indexer learns to foresee."""
         _, q_nope, q_rope = self._queries(x_BTD, angles)
-        latent, k_rope = self._latents(x_BTD, angles).split([self.latent_dim, self.rotary_dim], dim=-1)
+        latent, k_rope = self._latents(x_BTD, angles).split_with_sizes(
+            [self.latent_dim, self.rotary_dim], dim=-1
+        )
         kv = self.kv_b_proj(latent).view(*x_BTD.shape[:2], self.num_heads, -1)
         scores = torch.einsum("bthd,bshd->bhts", q_nope.float(), kv[..., : self.nope_dim].float())
         scores = scores + torch.einsum("bthr,bsr->bhts", q_rope.float(), k_rope.float())
@@ -115,12 +117,14 @@ class MultiHeadLatentAttention(nn.Module):
             q_latent = self.query_latent(x_BTD)
             q = self.q_b_proj(q_latent)
         q = q.view(batch, num_queries, self.num_heads, self.nope_dim + self.rotary_dim)
-        nope, rope = q.split([self.nope_dim, self.rotary_dim], dim=-1)
+        nope, rope = q.split_with_sizes([self.nope_dim, self.rotary_dim], dim=-1)
         return q_latent, nope, rotate(rope, angles, interleaved=self.interleaved)
 
     def _latents(self, x_BTD: Tensor, angles: Rotation) -> Tensor:
         """What is cached: [normalised latent | rotated shared key], [B, T, R + r]."""
-        latent, rope = self.kv_a_proj_with_mqa(x_BTD).split([self.latent_dim, self.rotary_dim], dim=-1)
+        latent, rope = self.kv_a_proj_with_mqa(x_BTD).split_with_sizes(
+            [self.latent_dim, self.rotary_dim], dim=-1
+        )
         latent = self.kv_a_layernorm(latent)
         return torch.cat((latent, rotate(rope, angles, interleaved=self.interleaved)), dim=-1)
 
@@ -143,9 +147,9 @@ class MultiHeadLatentAttention(nn.Module):
         selection: Selection | None,
     ) -> Tensor:
         batch, num_keys, _ = latents_BSC.shape
-        latent, k_rope = latents_BSC.split([self.latent_dim, self.rotary_dim], dim=-1)
+        latent, k_rope = latents_BSC.split_with_sizes([self.latent_dim, self.rotary_dim], dim=-1)
         kv = self.kv_b_proj(latent).view(batch, num_keys, self.num_heads, self.nope_dim + self.value_dim)
-        k_nope, value = kv.split([self.nope_dim, self.value_dim], dim=-1)
+        k_nope, value = kv.split_with_sizes([self.nope_dim, self.value_dim], dim=-1)
         k_rope = k_rope.unsqueeze(2).expand(-1, -1, self.num_heads, -1)
         q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
         k = torch.cat((k_nope, k_rope), dim=-1).transpose(1, 2)
@@ -161,7 +165,7 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> Tensor:
         batch, num_queries, heads, _ = q_nope.shape
         up = self.kv_b_proj.weight.view(heads, self.nope_dim + self.value_dim, self.latent_dim)
-        w_uk, w_uv = up.split([self.nope_dim, self.value_dim], dim=1)
+        w_uk, w_uv = up.split_with_sizes([self.nope_dim, self.value_dim], dim=1)
         rows = batch * num_queries
         q_latent = torch.bmm(q_nope.reshape(rows, heads, self.nope_dim).transpose(0, 1), w_uk)
         q_latent = q_latent.transpose(0, 1).view(batch, num_queries, heads, self.latent_dim)
@@ -249,7 +253,7 @@ class GroupedQueryAttention(nn.Module):
         return self.o_proj(out.flatten(2)), None
 
     def _rotate(self, x: Tensor, angles: Rotation) -> Tensor:
-        rotary, rest = x.split([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
+        rotary, rest = x.split_with_sizes([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
         return torch.cat((rotate(rotary, angles, interleaved=False), rest), dim=-1)
 
 

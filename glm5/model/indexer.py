@@ -78,14 +78,14 @@ class Indexer(nn.Module):
     def keys(self, x_BTD: Tensor, angles: Rotation) -> Tensor:
         """One key per token, shared by all heads: LayerNorm(W_k x), the first dims rotated."""
         keys = self.k_norm(self.wk(x_BTD))
-        rotary, rest = keys.split([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
+        rotary, rest = keys.split_with_sizes([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
         return torch.cat((rotate(rotary, angles, interleaved=self.interleaved), rest), dim=-1)
 
     def scores(self, x_BTD: Tensor, q_latent_BTR: Tensor, keys_BSd: Tensor, angles: Rotation) -> Tensor:
         """Index scores I [B, T, S], fp32, before any mask."""
         batch, num_queries, _ = x_BTD.shape
         q = self.wq_b(q_latent_BTR).view(batch, num_queries, self.num_heads, self.head_dim)
-        rotary, rest = q.split([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
+        rotary, rest = q.split_with_sizes([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
         q = torch.cat((rotate(rotary, angles, interleaved=self.interleaved), rest), dim=-1).float()
         weights_BTH = self.weights_proj(x_BTD).float() * (self.num_heads**-0.5 * self.head_dim**-0.5)
         keys_BdS = keys_BSd.float().transpose(1, 2)

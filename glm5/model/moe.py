@@ -48,8 +48,7 @@ class Router(nn.Module):
         )
 
     def forward(self, x_TD: Tensor) -> Routing:
-        with torch.autocast(x_TD.device.type, enabled=False):
-            scores_TE = F.linear(x_TD.float(), self.weight.float()).sigmoid()
+        scores_TE = self._scores(x_TD)
         choice_TE = scores_TE.detach() + self.e_score_correction_bias
         if self.n_group > 1:
             choice_TE = self._keep_best_groups(choice_TE)
@@ -61,6 +60,13 @@ class Router(nn.Module):
         if self.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
         return Routing(topk_ids_TK, weights_TK * self.routed_scaling_factor, scores_TE)
+
+    def _scores(self, x_TD: Tensor) -> Tensor:
+        kind = x_TD.device.type
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return F.linear(x_TD.float(), self.weight.float()).sigmoid()
+        return F.linear(x_TD.float(), self.weight.float()).sigmoid()
 
     def _keep_best_groups(self, choice_TE: Tensor) -> Tensor:
         """Only the `topk_group` groups with the largest sum of their two best scores compete."""
@@ -82,7 +88,7 @@ class ExpertBank(nn.Module):
 
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """sum_k weight_k * down(silu(gate x) * up x), [T, D]."""
-        small = self.gate_up_proj[0].numel() <= SMALL_EXPERT_WEIGHTS
+        small = self.gate_up_proj.shape[1] * self.gate_up_proj.shape[2] <= SMALL_EXPERT_WEIGHTS
         if (
             small
             and x_TD.shape[0] * topk_ids_TK.shape[1] <= EXPERTS_PER_BUCKET

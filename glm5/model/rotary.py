@@ -49,7 +49,7 @@ def rotate(x: Tensor, angles: Rotation, *, interleaved: bool) -> Tensor:
 def _as_complex(x: Tensor) -> Tensor:
     """[..., r] as r/2 complex numbers; a view where the memory allows it."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    *outer, inner = pairs.stride()
-    if inner != 1 or pairs.storage_offset() % 2 or any(stride % 2 for stride in outer):
-        pairs = pairs.contiguous()
-    return torch.view_as_complex(pairs)
+    try:
+        return torch.view_as_complex(pairs)
+    except RuntimeError:  # pairs that do not lie on even addresses
+        return torch.view_as_complex(pairs.contiguous())
