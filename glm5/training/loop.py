@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5.checkpoint import load_model
 from glm5.errors import RecipeError
 from glm5.files import write_atomic
 from glm5.model.attention import MultiHeadLatentAttention
@@ -95,6 +94,9 @@ class Trainer:
     def train(self) -> Path:
         """Run to the end, or to Ctrl-C; returns the directory of the last snapshot."""
         run = self.recipe.run
+        if self.step >= run.steps and (snapshots := list_snapshots(self.recipe.output)):
+            self.report.say(f"all {run.steps} steps are done")
+            return snapshots[-1]
         with _interruptible() as interrupt, self.report.running(self.step, run.steps) as progress:
             while self.step < run.steps and not interrupt.asked:
                 started = time.perf_counter()
@@ -336,8 +338,3 @@ def _interruptible() -> Iterator[_Interrupt]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
-
-
-def load_trained(snapshot: Path) -> GlmForCausalLM:
-    """The model of a snapshot directory, fp32."""
-    return load_model(snapshot, dtype=torch.float32)

@@ -85,7 +85,8 @@ def build_shards(
             info = _build_one(file, out, tokenizer)
             index["sources"][file.stem] = {**asdict(info), "file_bytes": file.stat().st_size}
             write_atomic(out / INDEX, json.dumps(index, indent=1, ensure_ascii=False) + "\n")
-            say(f"{file.stem}: {info.tokens:,} tokens, {info.bytes / max(info.tokens, 1):.2f} bytes each")
+            each = "" if info.chat else f", {info.bytes / max(info.tokens, 1):.2f} bytes each"
+            say(f"{file.stem}: {info.tokens:,} tokens{each}")
         else:
             info = ShardInfo(**{k: v for k, v in known.items() if k != "file_bytes"})
         infos.append(info)
