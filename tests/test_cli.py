@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from glm5.runtime.language_model import LanguageModel
-from tests.model_fixture import tiny_config, tiny_model
-from tests.tokenizer_fixture import small_tokenizer
+from tests.runtime.language_model_fixture import tiny_language_model
 from tests.training.corpus_fixture import tiny_recipe
 
 
@@ -33,16 +31,7 @@ def glm5(*arguments: str, stdin: str = "", cwd: Path | None = None) -> subproces
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model with a tokenizer."""
-    tokenizer = small_tokenizer()
-    config = tiny_config(
-        vocab_size=tokenizer.vocab_size,
-        eos_token_id=tokenizer.eos_token_ids,
-        pad_token_id=tokenizer.pad_token_id,
-        max_position_embeddings=4096,
-    )
-    model = LanguageModel(config)
-    model.load_state_dict(tiny_model(config).state_dict())
-    model.tokenizer = tokenizer
+    model = tiny_language_model(max_position_embeddings=4096)
     directory = tmp_path_factory.mktemp("cli") / "model"
     model.save_pretrained(directory)
     return directory

@@ -141,25 +141,32 @@ def _planned(model: GlmForCausalLM, stored: str) -> Iterator[PlannedTensor]:
         tensor = piece.of(tensors[piece.parameter].detach())
         shape = tuple(tensor.shape)
         if stored == "fp8" and is_quantised(piece.name):
-            yield PlannedTensor(piece.name, torch.float8_e4m3fn, shape, partial(_codes, piece.name, tensor))
-            yield PlannedTensor(
-                piece.name + SCALE_SUFFIX, torch.float32, scale_shape(shape), partial(_scale, tensor)
-            )
+            blocks = _Blocks(piece.name, tensor)
+            yield PlannedTensor(piece.name, torch.float8_e4m3fn, shape, blocks.codes)
+            yield PlannedTensor(piece.name + SCALE_SUFFIX, torch.float32, scale_shape(shape), blocks.scale)
             continue
         # Router biases are fp32 in every published checkpoint.
         dtype = torch.float32 if piece.name.endswith("e_score_correction_bias") else FORMATS[stored]
         yield PlannedTensor(piece.name, dtype, shape, partial(_cast, piece.name, tensor, dtype))
 
 
-def _codes(name: str, tensor: Tensor) -> Tensor:
-    try:
-        return block_quantise(tensor)[0]
-    except CheckpointError as error:
-        raise CheckpointError(f"{name}: {error}") from None
+class _Blocks:
+    """A matrix quantised once: its codes are written, then the scales that were found with them."""
 
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self._name, self._tensor = name, tensor
+        self._scale: Tensor | None = None
 
-def _scale(tensor: Tensor) -> Tensor:
-    return block_quantise(tensor)[1]
+    def codes(self) -> Tensor:
+        try:
+            codes, self._scale = block_quantise(self._tensor)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._name}: {error}") from None
+        return codes
+
+    def scale(self) -> Tensor:
+        assert self._scale is not None, "a file's codes stand before their scales"
+        return self._scale
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -291,6 +291,4 @@ def _combined_mask(
     """Visible and selected, as one bool mask; None where `is_causal` or "all" says everything."""
     if selection is not None:
         return selection.mask_BTS  # already a subset of the visible tokens
-    if visible.mask_BTS is not None or not visible.is_causal:
-        return visible.mask_BTS
-    return None
+    return visible.mask_BTS

@@ -26,7 +26,7 @@ from glm5.runtime.generation_config import (
 )
 from glm5.runtime.memory import keep_freed_memory
 from glm5.runtime.sampling import SamplingParams
-from glm5.runtime.speculation import SpeculationStats, decode_speculatively
+from glm5.runtime.speculation import SpeculationStats, decode_speculatively, speculation_obstacle
 from glm5.runtime.text import TextStream
 from glm5.special_tokens import GMASK, SOP
 from glm5.tokenizer import Tokenizer
@@ -115,7 +115,7 @@ class LanguageModel(GlmForCausalLM):
 
         input_ids: int64 [B, P]; attention_mask: [B, P], 0 on padding, on either side.
         do_sample: False = greedy; None = as generation_config.json says.
-        eos_token_id: additional to none, in place of the model's own.
+        eos_token_id: in place of the model's own; an empty list = never end early.
         seed: row i draws with seed + i; None = another result every time.
         use_mtp: speculate with the MTP layer (one greedy row; faster; the same tokens in fp32, nearly
             always in 16 bits).
@@ -170,7 +170,8 @@ class LanguageModel(GlmForCausalLM):
         ids = self.prompt_ids(prompt, enable_thinking=enable_thinking)
         row = make_rows(self, [ids], [self.defaults.with_changes(**params)])[0]
         if use_mtp is None:
-            use_mtp = self._can_speculate(row)
+            # In 16 bits it could change the answer.
+            use_mtp = self.dtype == torch.float32 and speculation_obstacle(self, row) is None
         tokenizer = self._require_tokenizer()
         steps = self._decode([row], use_mtp, 1, PREFILL_CHUNK)
         return _stream(row, steps, TextStream(tokenizer, row.params.stop), on_finish)
@@ -216,11 +217,6 @@ class LanguageModel(GlmForCausalLM):
             prefill_chunk=prefill_chunk,
             stats=self.last_speculation,
         )
-
-    def _can_speculate(self, row: Row) -> bool:
-        greedy = row.params.temperature == 0 and row.params.repetition_penalty == 1
-        causal = self.config.attention_mask_type == "causal"
-        return greedy and causal and len(self.mtp) > 0 and self.dtype == torch.float32
 
     def _sampling(
         self, do_sample: bool | None, max_new_tokens: int, wanted: dict[str, Any]

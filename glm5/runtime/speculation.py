@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from glm5.errors import RequestError
 from glm5.model.masks import visibility
-from glm5.model.mtp import MTPLayer
 from glm5.model.transformer import GlmForCausalLM, token_places
 from glm5.runtime.cache import Cache
 from glm5.runtime.decoding import PREFILL_CHUNK, Row, check_positive
@@ -52,7 +50,7 @@ class Draft:
 
     def __init__(self, model: GlmForCausalLM, capacity: int) -> None:
         self.model = model
-        self.layer = cast(MTPLayer, model.mtp[0])
+        self.layer = model.mtp_layers()[0]
         layer = model.config.num_hidden_layers
         self.cache = Cache(
             model.config, 1, capacity, dtype=model.dtype, device=model.device, layers=range(layer, layer + 1)
@@ -80,6 +78,17 @@ class Draft:
         return tokens
 
 
+def speculation_obstacle(model: GlmForCausalLM, row: Row) -> str | None:
+    """Why this row cannot be decoded speculatively; None when it can."""
+    if not model.mtp:
+        return "the checkpoint has no MTP layer; decode without speculation"
+    if row.params.temperature != 0 or row.params.repetition_penalty != 1:
+        return "speculation is for greedy decoding; set temperature 0 and repetition_penalty 1"
+    if model.config.attention_mask_type == "prefix":
+        return "speculation does not know prefix attention; decode without it"
+    return None
+
+
 def decode_speculatively(
     model: GlmForCausalLM,
     row: Row,
@@ -96,12 +105,9 @@ def decode_speculatively(
     """
     check_positive("num_draft_tokens", num_draft_tokens)
     check_positive("prefill_chunk", prefill_chunk)
-    if not model.mtp:
-        raise RequestError("the checkpoint has no MTP layer; decode without speculation")
-    if row.params.temperature != 0 or row.params.repetition_penalty != 1:
-        raise RequestError("speculation is for greedy decoding; set temperature 0 and repetition_penalty 1")
-    if model.config.attention_mask_type == "prefix":
-        raise RequestError("speculation does not know prefix attention; decode without it")
+    obstacle = speculation_obstacle(model, row)
+    if obstacle is not None:
+        raise RequestError(obstacle)
     stats = stats if stats is not None else SpeculationStats()
     return _decode_speculatively(model, row, num_draft_tokens, prefill_chunk, stats)
 

@@ -130,6 +130,8 @@ class Trainer:
             values, part_loads = self._backward(_rows_of(batch, rows), 1 / parts, wants_indexer and part == 0)
             sums += values
             loads = [_sum(pair) for pair in zip(loads, part_loads, strict=True)] if loads else part_loads
+        if not bool(torch.isfinite(sums).all()):  # before it reaches the weights
+            raise RecipeError(f"the loss became {sums[0]} at step {self.step}; lower optimizer.lr")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optimizer.grad_clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -139,8 +141,6 @@ class Trainer:
         for layer, load in zip(self.model.moe_layers(), loads, strict=True):
             if load is not None:
                 losses.update_router_bias(layer.gate.e_score_correction_bias, load, recipe.loss.bias_update)
-        if not bool(torch.isfinite(sums).all()):
-            raise RecipeError(f"the loss became {sums[0]} at step {self.step}; lower optimizer.lr")
         worst = max((float(load.max() / load.mean()) for load in loads if load is not None), default=0.0)
         indexer = float(sums[3]) if wants_indexer else None
         return StepResult(float(sums[0]), float(sums[1]), float(sums[2]), indexer, float(norm), worst)

@@ -24,7 +24,7 @@ from glm5.checkpoint.safetensors_file import PlannedTensor, SafetensorsFile, wri
 from glm5.checkpoint.shards import ShardIndex
 from glm5.checkpoint.writing import save_model
 from glm5.errors import CheckpointError
-from glm5.files import fsync_directory
+from glm5.files import fsync_directory, write_atomic
 from glm5.model.transformer import GlmForCausalLM
 from glm5.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ def save_snapshot(
         save_model(model, temporary, stored="fp32")
         tokenizer.save_pretrained(temporary)
         write_safetensors(temporary / OPTIMIZER_FILE, _optimizer_tensors(model, optimizers))
-        (temporary / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=1) + "\n", "utf-8")
+        write_atomic(temporary / STATE_FILE, json.dumps({"step": step, **state}, indent=1) + "\n")
         temporary.chmod(0o755)
         fsync_directory(temporary)
         if target.exists():
