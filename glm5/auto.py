@@ -31,6 +31,7 @@ def load(
     *,
     dtype: str | torch.dtype | None = None,
     device: str = "auto",
+    load_in_4bit: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """A model ready to talk: a checkpoint directory, a hub name, or (None) the embedded model.
@@ -38,6 +39,8 @@ def load(
     dtype: None = what is fastest and fits: fp32 for a small model on the CPU, else as stored;
         "auto" = as stored (FP8 becomes bf16), as in `transformers`; or a torch dtype or its name.
     device: "auto" = a GPU that has room, else the CPU; or a torch device string.
+    load_in_4bit: round the weights to int4 while they are read (`glm5.quantize`); a checkpoint that
+        is int4 already is loaded as it is.
     progress: called with (bytes read, bytes in all) while loading.
 
     Raises:
@@ -55,7 +58,20 @@ def load(
         # instead of 3), and only fp32 speculates exactly.
         small = _bytes_needed(directory, torch.float32) <= SMALL_MODEL_BYTES
         wanted = torch.float32 if small else None
-    return LanguageModel.load(directory, dtype=wanted, device=chosen, progress=progress)
+    quantise = _rounding(directory) if load_in_4bit else None
+    return LanguageModel.load(directory, dtype=wanted, device=chosen, quantise=quantise, progress=progress)
+
+
+def _rounding(directory: Path) -> Callable[[str], Any] | None:
+    """The default recipe with the largest group that divides every width; None for an int4 directory."""
+    from glm5.config import ModelConfig
+    from glm5.quantize import Recipe, widest_group
+
+    config = ModelConfig.from_pretrained(directory)
+    settings = config.extra.get("quantization_config")
+    if isinstance(settings, dict) and settings.get("quant_method", "fp8") != "fp8":
+        return None
+    return Recipe(group=widest_group(config)).scheme_of
 
 
 def resolve(path: str | os.PathLike[str] | None) -> Path:
@@ -112,21 +128,17 @@ class AutoModelForCausalLM:
         device_map: "auto", "cpu", "cuda", "cuda:N" or N, or {"": one of them}; a map of modules is not
             supported yet. None = "cpu".
         trust_remote_code: accepted and never acted on: no code of a checkpoint runs here.
-        load_in_4bit: not yet; raises RequestError.
+        load_in_4bit: round the weights to int4 while they are read; nothing to do for int4 checkpoints.
         """
         if trust_remote_code:
             logger.warning("trust_remote_code=True changes nothing: glm5 never runs code from a checkpoint")
-        if load_in_4bit:
-            raise RequestError(
-                "load_in_4bit=True is not there yet: int4 comes in a later release; "
-                "load without it, or use an FP8 checkpoint"
-            )
         if unknown:
             raise RequestError(f"from_pretrained has no argument {sorted(unknown)[0]!r}")
         return load(
             pretrained_model_name_or_path,
             dtype=torch_dtype if torch_dtype is not None else dtype,
             device=_one_device(device_map),
+            load_in_4bit=load_in_4bit,
         )
 
 

@@ -1,4 +1,4 @@
-"""The command line: `glm5 chat | generate | train | info`, each a thin call of the API.
+"""The command line: `glm5 chat | generate | train | quantize | info`, each a thin call of the API.
 
 Heavy imports happen inside the commands, so that help is instant. What a user can act on is one
 line on stderr and exit code 2.
@@ -129,6 +129,37 @@ def train(
         )
         raise typer.Exit(130)
     typer.echo(str(snapshot))
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="Checkpoint directory (bf16, FP8, int4 of others) or .gguf.")],
+    destination: Annotated[Path, typer.Argument(help="Directory to write.")],
+    bits: Annotated[int, typer.Option(help="4 or 8, for every linear layer.")] = 4,
+    group: Annotated[int, typer.Option(help="Columns that share a scale: 32, 64, 128.")] = 64,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATTERN=BITS", help="Other bits for some modules: '*.self_attn.*=8'."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Leave these modules as they are.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw an unfinished job away.")] = False,
+) -> None:
+    """Write an int4 checkpoint that glm5, transformers and vLLM load. Goes on where it was stopped."""
+    from glm5.auto import resolve
+    from glm5.loading_bar import loading_bar
+    from glm5.quantize import Recipe, quantise
+
+    recipe = Recipe.of(bits, group, changes or [], keep or [])
+    path = Path(source) if source.endswith(".gguf") else resolve(source)
+    with loading_bar("quantising") as progress:
+        receipt = quantise(path, destination, recipe, restart=restart, progress=progress)
+    typer.echo(
+        f"{destination}: {receipt['total_bytes'] / 1e9:.3g} GB from {receipt['source_bytes'] / 1e9:.3g} GB, "
+        f"{receipt['bits_per_quantised_weight']} bits a quantised weight, "
+        f"{receipt['bytes_per_token'] / 1e6:.4g} MB a token"
+    )
 
 
 @app.command()

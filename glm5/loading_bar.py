@@ -1,4 +1,4 @@
-"""A progress bar for loading weights, shown only when it takes long enough to matter."""
+"""A progress bar for reading weights, shown only when it takes long enough to matter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _AFTER_SECONDS = 1.0
 
 
 @contextmanager
-def loading_bar() -> Iterator[Callable[[int, int], None]]:
+def loading_bar(verb: str = "loading") -> Iterator[Callable[[int, int], None]]:
     """Yield a progress callback (bytes done, bytes in all); draws on stderr if that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
@@ -27,10 +27,10 @@ def loading_bar() -> Iterator[Callable[[int, int], None]]:
     )
 
     columns = (
-        TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task("loading", total=None)
+    task = bar.add_task(verb, total=None)
     started = time.monotonic()
     running = False
 

@@ -17,6 +17,7 @@ import glm5
 from glm5 import AutoModelForCausalLM, AutoTokenizer, Completion, LanguageModel, SamplingParams
 from glm5.auto import resolve
 from glm5.errors import CheckpointError, ConfigError, RequestError, TemplateError
+from glm5.kernels.modules import PackedExperts, PackedLinear
 from tests.runtime.language_model_fixture import tiny_language_model
 from tests.tokenizer_fixture import small_tokenizer
 
@@ -89,10 +90,20 @@ def test_dtypes_by_every_usual_name(checkpoint: Path, dtype: Any, expected: torc
     assert out.shape == (1, 5)
 
 
+def test_load_in_4bit_rounds_while_loading(checkpoint: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="auto", load_in_4bit=True)
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint)
+    packed = [module for module in model.modules() if isinstance(module, (PackedLinear, PackedExperts))]
+    assert packed and not [m for m in plain.modules() if isinstance(m, (PackedLinear, PackedExperts))]
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        apart = (model(ids).logits - plain(ids).logits).std() / plain(ids).logits.std()
+    assert 0 < apart < 0.5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"load_in_4bit": True}, "load_in_4bit=True is not there yet"),
         ({"attn_implementation": "eager"}, "no argument 'attn_implementation'"),
         ({"dtype": "float64"}, "dtype 'float64' is unknown"),
         ({"dtype": 16}, "dtype 16 is unknown"),

@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as cut
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from glm5.checkpoint import names
+from glm5.checkpoint.formats import Format, format_of
 from glm5.checkpoint.fp8 import BLOCK, SCALE_SUFFIX, block_dequantise
 from glm5.checkpoint.names import Piece
+from glm5.checkpoint.packed import (
+    PackedWeight,
+    SchemeOf,
+    fill_packed,
+    pack_modules,
+    place_modules,
+    round_into,
+    stored_scheme,
+)
 from glm5.checkpoint.safetensors_file import shown
 from glm5.checkpoint.shards import CONFIG_FILE, STAGING, ShardIndex
 from glm5.config import ModelConfig
@@ -27,6 +38,7 @@ from glm5.model.transformer import GlmForCausalLM
 logger = logging.getLogger(__name__)
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
 # Far past any model (GLM-5 has 2^40); torch cannot even describe much larger ones.
 MAX_PARAMETERS = 1 << 48
 MAX_BLOCK = 1 << 16
@@ -42,6 +54,7 @@ def load_model(
     config: ModelConfig | None = None,
     progress: Progress | None = None,
     model_class: type[M] = GlmForCausalLM,  # type: ignore[assignment]
+    quantise: SchemeOf | None = None,
 ) -> M:
     """The model of a checkpoint directory, in eval mode.
 
@@ -49,6 +62,8 @@ def load_model(
     config: overrides the directory's `config.json`.
     progress: called with (bytes read, bytes in all).
     model_class: GlmForCausalLM or a subclass that adds no tensors.
+    quantise: a scheme for each module (by its name on disk) that is to be rounded while it is read;
+        None = as stored. Packed int4 and int8 stay packed, other forms become floats of `dtype`.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, of a wrong shape or dtype, or damaged.
@@ -59,22 +74,43 @@ def load_model(
     if config.total_params(mtp=True) > MAX_PARAMETERS:
         raise ConfigError(f"{directory / CONFIG_FILE}: asks for more than 2^48 parameters; check its sizes")
     index = ShardIndex(directory)
-    block = _block_size(directory, config)
+    form, block = _form(directory, config), _block_size(directory, config)
     config = _without_absent_mtp(directory, config, index)
     with torch.device("meta"):
         model = model_class(config)
-    sources = _match(directory, model, index, block)
+    packed = pack_modules(model, quantise or stored_scheme(form, index))
+    stored = Stored(directory, index, form, block)
+    sources = _match(stored, model, packed)
     dtype = dtype or _stored_dtype(config, index)
-    _materialise(model, dtype, torch.device(device))
+    device = torch.device(device)
+    _materialise(model, dtype, device)
+    if packed:
+        place_modules(model, device)
     tensors = names.state_tensors(model)
-    done, total = 0, sum(index[name].num_bytes for name, _ in sources)
+    done, total = 0, sum(source.num_bytes for source in sources)
     with torch.no_grad():
-        for name, piece in sources:
-            _fill(index, name, piece.of(tensors[piece.parameter]), block)
-            done += index[name].num_bytes
+        for source in sources:
+            if source.packed is None:
+                piece = source.piece
+                assert piece is not None
+                stored.fill(source.name, piece.of(tensors[piece.parameter]))
+            elif quantise is None:
+                fill_packed(source.packed, index)
+            else:
+                round_into(source.packed, stored.read(source.packed), index.file(source.first).path)
+            done += source.num_bytes
             if progress is not None:
                 progress(done, total)
     return model.eval()
+
+
+def stored_weights(directory: Path) -> tuple[ModelConfig, Stored]:
+    """What a directory holds, by logical names, from its headers alone; the config without an absent MTP."""
+    _refuse_interrupted_save(directory)
+    config = ModelConfig.from_pretrained(directory)
+    index = ShardIndex(directory)
+    config = _without_absent_mtp(directory, config, index)
+    return config, Stored(directory, index, _form(directory, config), _block_size(directory, config))
 
 
 def _refuse_interrupted_save(directory: Path) -> None:
@@ -85,20 +121,29 @@ def _refuse_interrupted_save(directory: Path) -> None:
         )
 
 
-def _block_size(directory: Path, config: ModelConfig) -> tuple[int, int]:
-    """Rows and columns that share an FP8 scale; refuses other quantisations."""
-    path, settings = directory / CONFIG_FILE, config.extra.get("quantization_config") or {}
+def _settings(directory: Path, config: ModelConfig) -> dict[str, Any]:
+    settings = config.extra.get("quantization_config") or {}
     if not isinstance(settings, dict):
-        raise CheckpointError(f"{path}: quantization_config is {cut(settings)}, not an object")
-    method = settings.get("quant_method", "fp8")
-    if method != "fp8":
         raise CheckpointError(
-            f"{path}: quantised by {cut(method)}, which glm5 does not read yet; use a bf16 or FP8 copy"
+            f"{directory / CONFIG_FILE}: quantization_config is {cut(settings)}, not an object"
         )
-    block = settings.get("weight_block_size") or [BLOCK, BLOCK]
+    return settings
+
+
+def _form(directory: Path, config: ModelConfig) -> Format | None:
+    """How others' quantised weights are stored; None for floats and official FP8."""
+    settings = _settings(directory, config)
+    if settings.get("quant_method", "fp8") == "fp8":
+        return None
+    return format_of(settings, directory / CONFIG_FILE)
+
+
+def _block_size(directory: Path, config: ModelConfig) -> tuple[int, int]:
+    """Rows and columns that share an FP8 scale."""
+    block = _settings(directory, config).get("weight_block_size") or [BLOCK, BLOCK]
     sizes = isinstance(block, list) and all(type(b) is int and 0 < b <= MAX_BLOCK for b in block)
     if not sizes or len(block) != 2:
-        raise CheckpointError(f"{path}: weight_block_size {cut(block)} is not two sizes")
+        raise CheckpointError(f"{directory / CONFIG_FILE}: weight_block_size {cut(block)} is not two sizes")
     return block[0], block[1]
 
 
@@ -110,49 +155,121 @@ def _without_absent_mtp(directory: Path, config: ModelConfig, index: ShardIndex)
     return config
 
 
-def _match(
-    directory: Path, model: GlmForCausalLM, index: ShardIndex, block: tuple[int, int]
-) -> list[tuple[str, Piece]]:
-    """(tensor on disk, where it goes) for the whole model; nothing missing, nothing left over."""
-    shapes = {name: tensor.shape for name, tensor in names.state_tensors(model).items()}
-    sources = _sources(directory, model, index)
-    used = set(sources)
-    for name, piece in sources.items():
-        wanted = piece.of(torch.empty(shapes[piece.parameter], device="meta")).shape
-        info = index[name]
-        if info.shape != tuple(wanted):
-            raise CheckpointError(
-                f"{index.file(name).path}: {name} has shape {list(info.shape)}, "
-                f"config.json asks for {list(wanted)}"
-            )
+@dataclass(frozen=True)
+class Source:
+    """Tensors on disk (`first` of them decides the order) and what they fill: a piece or a packed weight."""
+
+    name: str
+    first: str
+    num_bytes: int
+    piece: Piece | None = None
+    packed: PackedWeight | None = None
+
+
+class Stored:
+    """Logical weights of a directory, however they are stored."""
+
+    def __init__(
+        self, directory: Path, index: ShardIndex, form: Format | None, block: tuple[int, int]
+    ) -> None:
+        self.directory, self.index, self.form, self.block = directory, index, form, block
+
+    def names(self, name: str) -> list[str] | None:
+        """The tensors on disk that make up a weight; None = it is not there."""
+        found = None if self.form is None else self.form.stored_names(name, self.index)
+        if found is not None:
+            return found
+        if name not in self.index:
+            return None
+        is_fp8 = self.form is None and self.index[name].dtype_name == "F8_E4M3"
+        return [name, name + SCALE_SUFFIX] if is_fp8 else [name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The logical shape, after every header of the weight is checked."""
+        if self.is_formed(name):
+            assert self.form is not None
+            return self.form.shape(name, self.index)
+        info = self.index[name]
         if info.dtype_name == "F8_E4M3":
-            _check_scale(index, name, block)
-            used.add(name + SCALE_SUFFIX)
+            _check_scale(self.index, name, self.block)
         elif info.dtype_name not in _FLOATS:
             raise CheckpointError(
-                f"{index.file(name).path}: {name} is stored as {info.dtype_name}, expected a float or FP8"
+                f"{self.index.file(name).path}: {name} is stored as {info.dtype_name}, "
+                "expected a float or FP8"
             )
+        return info.shape
+
+    def is_formed(self, name: str) -> bool:
+        return self.form is not None and self.form.stored_names(name, self.index) is not None
+
+    def check(self, name: str, wanted: tuple[int, ...]) -> None:
+        """Every header of a weight, before anything is read."""
+        shape, where = self.shape(name), (self.names(name) or [name])[0]
+        if shape != wanted:
+            raise CheckpointError(
+                f"{self.index.file(where).path}: {name} has shape {list(shape)}, "
+                f"config.json asks for {list(wanted)}"
+            )
+
+    def fill(self, name: str, target: Tensor) -> None:
+        if self.is_formed(name):
+            assert self.form is not None
+            target.copy_(self.form.read(name, self.index))
+        else:
+            _fill(self.index, name, target, self.block)
+
+    def read(self, weight: PackedWeight) -> Tensor:
+        """The float values of a weight that is to be rounded, in their stored precision or bf16."""
+        if self.is_formed(weight.name):
+            assert self.form is not None
+            return self.form.read(weight.name, self.index)
+        dtype = self.index[weight.name].dtype
+        values = torch.empty(weight.shape, dtype=dtype if dtype in _ROUNDED else torch.bfloat16)
+        _fill(self.index, weight.name, values, self.block)
+        return values
+
+
+def _match(stored: Stored, model: GlmForCausalLM, packed: list[PackedWeight]) -> list[Source]:
+    """What to read for the whole model, in file order; nothing missing, nothing left over."""
+    index, directory = stored.index, stored.directory
+    shapes = {name: tensor.shape for name, tensor in names.state_tensors(model).items()}
+    used: set[str] = set()
+    sources: list[Source] = []
+
+    def add(name: str, shape: tuple[int, ...], piece: Piece | None, weight: PackedWeight | None) -> None:
+        stored.check(name, shape)
+        parts = stored.names(name) or [name]
+        used.update(parts)
+        size = sum(index[part].num_bytes for part in parts if part in index)
+        sources.append(Source(name, parts[0], size, piece, weight))
+
+    for name, piece in _sources(stored, model).items():
+        wanted = piece.of(torch.empty(shapes[piece.parameter], device="meta")).shape
+        add(name, tuple(wanted), piece, None)
+    for weight in packed:
+        if stored.names(weight.name) is None:
+            raise CheckpointError(f"{directory}: {weight.name} is missing; config.json asks for it")
+        add(weight.name, weight.shape, None, weight)
     _check_leftovers(index, used, model.config)
-    # File order, so that a disk reads forward.
-    return sorted(sources.items(), key=lambda item: (index.file(item[0]).path, index[item[0]].start))
+    return sorted(sources, key=lambda source: (index.file(source.first).path, index[source.first].start))
 
 
-def _sources(directory: Path, model: GlmForCausalLM, index: ShardIndex) -> dict[str, Piece]:
+def _sources(stored: Stored, model: GlmForCausalLM) -> dict[str, Piece]:
     """Where each wanted tensor goes, by its name on disk: expert by expert, or a layer's bank whole."""
     sources: dict[str, Piece] = {}
     for piece in names.pieces(model):
         fused = names.fused_name(piece, model.config)
-        has_fused = fused is not None and fused in index
-        if piece.name in index and has_fused:
-            raise CheckpointError(
-                f"{index.file(piece.name).path}: {piece.name} is stored a second time within {fused}"
-            )
-        if piece.name in index:
+        is_there = stored.names(piece.name) is not None
+        has_fused = fused is not None and fused in stored.index
+        if is_there and has_fused:
+            where = stored.index.file((stored.names(piece.name) or [piece.name])[0]).path
+            raise CheckpointError(f"{where}: {piece.name} is stored a second time within {fused}")
+        if is_there:
             sources[piece.name] = piece
         elif fused is not None and has_fused:
             sources[fused] = Piece(fused, piece.parameter, ())
         else:
-            raise CheckpointError(f"{directory}: {piece.name} is missing; config.json asks for it")
+            raise CheckpointError(f"{stored.directory}: {piece.name} is missing; config.json asks for it")
     return sources
 
 

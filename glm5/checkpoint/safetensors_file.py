@@ -11,7 +11,7 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -173,20 +173,22 @@ class SafetensorsFile:
         self.read_into(name, tensor)
         return tensor
 
-    def read_into(self, name: str, target: Tensor) -> None:
-        """Fill `target` (CPU, contiguous, the stored dtype and element count) with a tensor's bytes."""
+    def read_into(self, name: str, target: Tensor, offset: int = 0) -> None:
+        """Fill `target` (CPU, contiguous, the stored dtype) with a tensor's bytes from `offset` on."""
         info = self.tensors[name]
+        length = target.numel() * target.element_size()
+        assert offset + length <= info.num_bytes
         assert target.is_contiguous() and target.dtype == info.dtype and target.device.type == "cpu"
-        view = target.view(-1).view(torch.uint8).numpy().data.cast("B") if info.num_bytes else memoryview(b"")
+        view = target.view(-1).view(torch.uint8).numpy().data.cast("B") if length else memoryview(b"")
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(info.start)
+                file.seek(info.start + offset)
                 done = 0
-                while done < info.num_bytes:
+                while done < length:
                     count = file.readinto(view[done:])
                     if not count:
                         raise CheckpointError(
-                            f"{self.path}: ends inside {shown(name)} at byte {info.start + done}; "
+                            f"{self.path}: ends inside {shown(name)} at byte {info.start + offset + done}; "
                             "download it again"
                         )
                     done += count
@@ -207,22 +209,22 @@ def _is_counts(value: Any) -> TypeGuard[list[int]]:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to be written: its header entry now, its values when its turn comes."""
+    """A tensor to be written: its header entry now, its values (whole, or in bands) when its turn comes."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    values: Callable[[], Tensor]
+    values: Callable[[], Tensor | Iterator[Tensor]]
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> None:
+def write_safetensors(path: Path, tensors: Iterable[PlannedTensor], *, alignment: int = 8) -> None:
     """Write a file holding one tensor's values in memory at a time. Not atomic by itself.
 
-    The header is padded so that the data begins at a multiple of 8 bytes.
+    The header is padded so that the data begins at a multiple of `alignment` bytes.
     """
     planned = list(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -236,15 +238,21 @@ def write_safetensors(path: Path, tensors: Iterable[PlannedTensor]) -> None:
         }
         position = end
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-(8 + len(raw)) % alignment)
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little"))
         file.write(raw)
         for tensor in planned:
-            values = tensor.values().detach().to("cpu").contiguous()
-            assert values.dtype == tensor.dtype and tuple(values.shape) == tensor.shape, tensor.name
-            if values.numel():
-                file.write(values.view(-1).view(torch.uint8).numpy().data)
-            del values  # before the next one is made
+            made = tensor.values()
+            written = 0
+            for values in [made] if isinstance(made, Tensor) else made:
+                band = values.detach().to("cpu").contiguous()
+                assert band.dtype == tensor.dtype and band.shape[1:] == tensor.shape[1:], tensor.name
+                if band.numel():
+                    file.write(band.view(-1).view(torch.uint8).numpy().data)
+                written += band.numel() * band.element_size()
+                del values, band  # before the next one is made
+            assert written == tensor.num_bytes, tensor.name
+            del made
         file.flush()
         os.fsync(file.fileno())

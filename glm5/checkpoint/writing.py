@@ -22,6 +22,7 @@ from torch import Tensor
 
 from glm5.checkpoint import names
 from glm5.checkpoint.fp8 import BLOCK, SCALE_SUFFIX, block_quantise, is_quantised, scale_shape
+from glm5.checkpoint.packed import is_packed
 from glm5.checkpoint.safetensors_file import PlannedTensor, write_safetensors
 from glm5.checkpoint.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, STAGING
 from glm5.config import ModelConfig
@@ -49,6 +50,10 @@ def save_model(
     stored = stored or next((k for k, v in FORMATS.items() if v == model.dtype), "fp32")
     if stored not in FORMATS:
         raise CheckpointError(f"stored is {stored!r}; use one of {', '.join(FORMATS)}")
+    if is_packed(model):
+        raise CheckpointError(
+            "a model in packed integers is not saved from memory; copy its directory, or `glm5 quantize` its source"
+        )
     staging, staged = directory / STAGING, False
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -63,7 +68,7 @@ def save_model(
         if not staged:
             shutil.rmtree(staging, ignore_errors=True)
     try:
-        _move_up(staging, directory)
+        move_up(staging, directory)
     except OSError as error:
         raise CheckpointError(
             f"{staging}: cannot be moved into place ({error.strerror}); move its files up, {CONFIG_FILE} last"
@@ -85,7 +90,7 @@ def _stage(model: GlmForCausalLM, staging: Path, stored: str, shard_bytes: int) 
     stored_config(model.config, stored).save_pretrained(staging)
 
 
-def _move_up(staging: Path, directory: Path) -> None:
+def move_up(staging: Path, directory: Path) -> None:
     """Put staged files in place of the old ones; every step is on the disk before the next."""
     staged = {path.name for path in staging.iterdir()}
 

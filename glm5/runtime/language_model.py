@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from glm5.checkpoint import load_model, save_model
+from glm5.checkpoint.packed import SchemeOf
 from glm5.config import ModelConfig
 from glm5.errors import RequestError
 from glm5.model.transformer import GlmForCausalLM
@@ -68,12 +69,15 @@ class LanguageModel(GlmForCausalLM):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        quantise: SchemeOf | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> LanguageModel:
         """Read weights, generation defaults and, where there is one, the tokenizer."""
         if torch.device(device).type == "cpu":
             keep_freed_memory()
-        model = load_model(directory, dtype=dtype, device=device, progress=progress, model_class=cls)
+        model = load_model(
+            directory, dtype=dtype, device=device, progress=progress, model_class=cls, quantise=quantise
+        )
         model.defaults = read_generation_config(directory)
         ends = read_eos_token_ids(directory)
         if ends:  # as in `transformers`, it counts before config.json

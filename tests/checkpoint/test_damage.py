@@ -79,7 +79,7 @@ BF16_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "FP8 without scale": (put(GATE, FP8), ("model.safetensors", GATE, SCALE + " is missing")),
     "cut": (lambda d: os.truncate(d / "model.safetensors", 300_000), ("model.safetensors", "download")),
-    "quantisation": (config(quantization_config={"quant_method": "gptq"}), ("config.json", "gptq")),
+    "quantisation": (config(quantization_config={"quant_method": "exl9"}), ("config.json", "exl9")),
     "quantisation, a list": (config(quantization_config=["fp8"]), ("config.json", "['fp8']")),
     "blocks": (config(quantization_config=quantised | {"weight_block_size": [128]}), ("[128]",)),
     "blocks, bool": (config(quantization_config=quantised | {"weight_block_size": [True, 1]}), ("True",)),

@@ -1,0 +1,284 @@
+"""The native CPU library, with tensors instead of addresses.
+
+Every shape and dtype is checked here, once, when a matrix or a layer is made; a call then costs a
+microsecond. Tensors given to a matrix stay alive with it and must not be resized.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from glm5.kernels import _cpu  # type: ignore[attr-defined]  # compiled from src/
+from glm5.kernels.packing import words_per_row
+
+_FLOAT_CODES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}
+_E4M3 = 9
+_ACTIVATIONS = (torch.float32, torch.bfloat16)
+
+
+class Matrix:
+    """A weight matrix [rows, columns] in the layout of the checkpoint.
+
+    weight: bf16, fp16 or fp32 [rows, columns]; e4m3 [rows, columns] with `scales` fp32 one a block;
+        or int32 words of 4- or 8-bit codes with `scales` bf16/fp16/fp32 [rows, groups].
+    bits, columns: of integer codes. group: columns that share a scale (a block's side for e4m3).
+
+    Raises ValueError when sizes contradict each other: the caller has checked its files.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scales: Tensor | None = None,
+        *,
+        bits: int = 0,
+        columns: int = 0,
+        group: int = 0,
+    ) -> None:
+        rows = weight.shape[0]
+        _need(
+            weight.device.type == "cpu" and weight.is_contiguous(), "weights must be contiguous, on the CPU"
+        )
+        scale_code = 0
+        if weight.dtype == torch.int32:
+            _need(bits in (4, 8), f"codes have {bits} bits, not 4 or 8")
+            _need(weight.shape[1] == words_per_row(columns, bits), "packed width and columns disagree")
+            _need(scales is not None and group > 0, "integer codes need scales and a group")
+            assert scales is not None
+            _need(tuple(scales.shape) == (rows, -(-columns // group)), "scales are not [rows, groups]")
+            code, scale_code = bits, _FLOAT_CODES[scales.dtype]
+        elif weight.dtype == torch.float8_e4m3fn:
+            columns = weight.shape[1]
+            _need(scales is not None and group > 0 and group % 16 == 0, "e4m3 needs scales and whole blocks")
+            assert scales is not None
+            wanted = (-(-rows // group), -(-columns // group))
+            _need(tuple(scales.shape) == wanted and scales.dtype == torch.float32, "block scales are wrong")
+            code, scale_code = _E4M3, 32
+        else:
+            _need(weight.dtype in _FLOAT_CODES, f"weights are {weight.dtype}")
+            columns, code, group = weight.shape[1], _FLOAT_CODES[weight.dtype], 0
+        if scales is not None:
+            _need(scales.device.type == "cpu" and scales.is_contiguous(), "scales must be contiguous")
+        self.weight, self.scales = weight, scales
+        self.rows, self.columns, self.bits = rows, columns, bits if weight.dtype == torch.int32 else 0
+        self.group = group
+        self.handle = _cpu.Matrix(
+            code,
+            rows,
+            columns,
+            group,
+            weight.data_ptr(),
+            scale_code,
+            0 if scales is None else scales.data_ptr(),
+        )
+
+    @property
+    def block(self) -> int:
+        """Columns whose activations share an int8 scale; 0 = this matrix takes float activations."""
+        return self.handle.block
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one product with it reads."""
+        scales = 0 if self.scales is None else self.scales.numel() * self.scales.element_size()
+        return self.weight.numel() * self.weight.element_size() + scales
+
+
+def linear(
+    x: Tensor,
+    matrix: Matrix,
+    *,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    exact: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """W norm(x) + bias + add; x [..., columns] fp32 or bf16, the result [..., rows] in `dtype` (x's).
+
+    norm: fp32 weights of an RMSNorm taken first. exact: integer weights meet unrounded activations.
+    """
+    x = _activations(x, matrix.columns)
+    dtype = dtype or x.dtype
+    out = torch.empty(*x.shape[:-1], matrix.rows, dtype=dtype)
+    if add is not None:
+        _need(
+            add.shape == out.shape and add.dtype == dtype and add.is_contiguous(),
+            "add must be like the result",
+        )
+    _cpu.linear(
+        matrix.handle, x.data_ptr(), x.dtype == torch.bfloat16, x.numel() // matrix.columns, out.data_ptr(),
+        dtype == torch.bfloat16, _floats(bias, matrix.rows), 0 if add is None else add.data_ptr(),
+        _floats(norm, matrix.columns), eps, exact,
+    )  # fmt: skip
+    return out
+
+
+class MoeLayer:
+    """A feed-forward layer in one call: router, routed experts, shared expert; or a dense network.
+
+    experts, shared: (gate, up, down). router: weight [E, D] and fp32 bias [E], both kept alive.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        experts: Sequence[tuple[Matrix, Matrix, Matrix]] = (),
+        shared: tuple[Matrix, Matrix, Matrix] | None = None,
+    ) -> None:
+        self.hidden = hidden
+        self.handle = _cpu.MoeLayer(hidden)
+        self._kept: list[object] = [*experts, shared]
+        self.num_experts, self.topk = len(experts), 0
+        for gate, up, down in experts:
+            _check_feed(gate, up, down, hidden)
+            same = [_kind(matrix) for matrix in (gate, up, down)] == [_kind(m) for m in experts[0]]
+            _need(same, "the experts of a layer must be of one kind")
+            self.handle.add_expert(gate.handle, up.handle, down.handle)
+        if shared is not None:
+            _check_feed(*shared, hidden)
+            self.handle.set_shared(*(matrix.handle for matrix in shared))
+
+    def set_router(
+        self, weight: Matrix, bias: Tensor, *, topk: int, groups: int = 1, topk_groups: int = 1,
+        normalise: bool = True, factor: float = 1.0,
+    ) -> None:  # fmt: skip
+        _need((weight.rows, weight.columns) == (self.num_experts, self.hidden), "the router has other sizes")
+        _need(
+            bias.shape == (self.num_experts,) and 0 < topk <= self.num_experts, "router bias or topk is wrong"
+        )
+        _need(self.num_experts % groups == 0 and 0 < topk_groups <= groups, "router groups are wrong")
+        _need(topk <= self.num_experts // groups * topk_groups, "the groups hold fewer experts than topk")
+        self._kept.append(weight)
+        self.topk = topk
+        self.handle.set_router(
+            weight.handle, bias.float().tolist(), topk, groups, topk_groups, normalise, factor
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        *,
+        routing: tuple[Tensor, Tensor] | None = None,
+        add: Tensor | None = None,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        exact: bool = False,
+        chosen: Tensor | None = None,
+    ) -> Tensor:
+        """add + experts(norm(x)) + shared(norm(x)), like x [..., hidden].
+
+        routing: (ids [T, K], weights [T, K]) in place of the layer's own router.
+        chosen: int32 [T, K], filled with the experts that ran.
+        """
+        x = _activations(x, self.hidden)
+        tokens = x.numel() // self.hidden
+        out = torch.empty_like(x)
+        if add is not None:
+            _need(add.shape == x.shape and add.dtype == x.dtype and add.is_contiguous(), "add must be like x")
+        ids = weights = None
+        if routing is not None:
+            ids, weights = routing[0].to(torch.int32).contiguous(), routing[1].float().contiguous()
+            _need(ids.shape == weights.shape == (tokens, self.topk), "routing is not [tokens, topk]")
+            inside = not tokens or (int(ids.min()) >= 0 and int(ids.max()) < self.num_experts)
+            _need(inside, "routing names an expert that is not there")
+        else:
+            _need(self.num_experts == 0 or self.topk > 0, "the layer has no router")
+        if chosen is not None:
+            _need(
+                chosen.shape == (tokens, self.topk) and chosen.dtype == torch.int32,
+                "chosen is not int32 [T, K]",
+            )
+        _cpu.moe(
+            self.handle, x.data_ptr(), x.dtype == torch.bfloat16, tokens, out.data_ptr(),
+            0 if add is None else add.data_ptr(), _floats(norm, self.hidden), eps, exact,
+            0 if ids is None else ids.data_ptr(), 0 if weights is None else weights.data_ptr(),
+            0 if chosen is None else chosen.data_ptr(),
+        )  # fmt: skip
+        return out
+
+
+class Rounded(NamedTuple):
+    """Packed codes int32 [rows, words], scales bf16 [rows, groups], and what rounding lost."""
+
+    words: Tensor
+    scales: Tensor
+    error: float  # sum of squared differences
+    energy: float  # sum of squares of the weights
+
+
+def round_weights(
+    weight: Tensor, *, bits: int, group: int, importance: Tensor | None = None, search: bool = True
+) -> Rounded:
+    """Finite float weights [rows, columns] to symmetric codes with a searched scale a group.
+
+    importance: fp32 [columns], how much an error in a column counts. A scale may be negative.
+    Raises ValueError when the group is no multiple of 32 or does not divide the width.
+    """
+    rows, columns = weight.shape
+    _need(weight.dtype in _FLOAT_CODES and weight.is_contiguous(), f"weights are {weight.dtype}")
+    _need(bits in (4, 8), f"codes have {bits} bits, not 4 or 8")
+    _need(
+        group > 0 and group % 32 == 0 and columns % group == 0,
+        f"{columns} columns are no whole groups of {group}",
+    )
+    words = torch.empty(rows, words_per_row(columns, bits), dtype=torch.int32)
+    scales = torch.empty(rows, columns // group, dtype=torch.bfloat16)
+    error, energy = _cpu.round_weights(
+        weight.data_ptr(), _FLOAT_CODES[weight.dtype], rows, columns, group, bits,
+        _floats(importance, columns), search and bits == 4, words.data_ptr(), scales.data_ptr(),
+    )  # fmt: skip
+    return Rounded(words, scales, error, energy)
+
+
+def instruction_sets() -> list[str]:
+    """What this machine can run, best first; the environment's GLM5_ISA picks another."""
+    return _cpu.instruction_sets()
+
+
+def set_threads(count: int) -> None:
+    _cpu.set_threads(count)
+
+
+def threads() -> int:
+    return _cpu.threads()
+
+
+def _activations(x: Tensor, columns: int) -> Tensor:
+    _need(x.dtype in _ACTIVATIONS and x.device.type == "cpu", f"activations are {x.dtype}, not fp32 or bf16")
+    _need(x.shape[-1] == columns, f"activations are {x.shape[-1]} wide, the weights {columns}")
+    return x.contiguous()
+
+
+def _floats(values: Tensor | None, count: int) -> int:
+    """The address of an fp32 vector; 0 = none."""
+    if values is None:
+        return 0
+    _need(
+        values.dtype == torch.float32 and values.numel() == count and values.is_contiguous(), "not fp32 [n]"
+    )
+    return values.data_ptr()
+
+
+def _kind(matrix: Matrix) -> tuple[object, ...]:
+    return matrix.rows, matrix.columns, matrix.bits, matrix.group, matrix.weight.dtype
+
+
+def _check_feed(gate: Matrix, up: Matrix, down: Matrix, hidden: int) -> None:
+    sizes = [(m.rows, m.columns) for m in (gate, up, down)]
+    width = gate.rows
+    _need(sizes == [(width, hidden), (width, hidden), (hidden, width)], f"gate, up, down are {sizes}")
+
+
+def _need(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)
+
+
+_cpu.set_threads(int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()))

@@ -1,0 +1,3 @@
+#define GLM5_ISA avx512
+#define GLM5_ISA_NAME "avx512"
+#include "isa.inl"

@@ -1,0 +1,3 @@
+#define GLM5_ISA neon
+#define GLM5_ISA_NAME "neon"
+#include "isa.inl"

@@ -1,0 +1,122 @@
+// The Python module `glm5.kernels._cpu`: addresses and sizes in, nothing out. `glm5.kernels.cpu`
+// checks shapes and keeps the tensors alive; nothing here may be called with unchecked sizes.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "plan.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using namespace glm5;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Matrix make_matrix(int codes, int rows, int cols, int group, uintptr_t data, int scale_type, uintptr_t scales) {
+  Matrix m;
+  m.codes = static_cast<Codes>(codes);
+  m.rows = rows, m.cols = cols, m.group = group;
+  m.scale_type = static_cast<Scales>(scale_type);
+  m.data = at<const uint8_t>(data);
+  m.scales = at<const void>(scales);
+  return m;
+}
+
+void run_linear(const Matrix& matrix, uintptr_t x, bool x_bf16, int count, uintptr_t out, bool out_bf16, uintptr_t bias,
+                uintptr_t add, uintptr_t norm, float eps, bool exact) {
+  LinearOutput output;
+  output.matrix = &matrix;
+  output.bias = at<const float>(bias);
+  output.add = at<const void>(add);
+  output.out = at<void>(out);
+  output.stride = static_cast<size_t>(matrix.rows);
+  output.bf16 = out_bf16;
+  LinearCall call;
+  call.x = at<const void>(x), call.x_bf16 = x_bf16, call.count = count;
+  call.norm = at<const float>(norm), call.eps = eps, call.exact = exact;
+  call.output = &output, call.outputs = 1;
+  nb::gil_scoped_release release;
+  table().linear(call);
+}
+
+void run_moe(const MoeLayer& layer, uintptr_t x, bool x_bf16, int count, uintptr_t out, uintptr_t add, uintptr_t norm,
+             float eps, bool exact, uintptr_t ids, uintptr_t weights, uintptr_t chosen_ids) {
+  MoeCall call;
+  call.layer = &layer;
+  call.x = at<const void>(x), call.x_bf16 = x_bf16, call.count = count;
+  call.out = at<void>(out), call.add = at<const void>(add);
+  call.norm = at<const float>(norm), call.eps = eps, call.exact = exact;
+  call.ids = at<const int>(ids), call.weights = at<const float>(weights), call.chosen_ids = at<int>(chosen_ids);
+  nb::gil_scoped_release release;
+  table().moe(call);
+}
+
+nb::tuple run_round(uintptr_t weights, int dtype, int rows, int cols, int group, int bits, uintptr_t importance, bool search,
+                    uintptr_t codes, uintptr_t scales) {
+  double error = 0, energy = 0;
+  RoundCall call;
+  call.weights = at<const void>(weights), call.dtype = static_cast<Codes>(dtype);
+  call.rows = rows, call.cols = cols, call.group = group, call.bits = bits;
+  call.importance = at<const float>(importance), call.search = search;
+  call.codes = at<uint8_t>(codes), call.scales = at<uint16_t>(scales);
+  call.error = &error, call.energy = &energy;
+  {
+    nb::gil_scoped_release release;
+    table().round_weights(call);
+  }
+  return nb::make_tuple(error, energy);
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "Native CPU kernels of glm5; use glm5.kernels.cpu.";
+  nb::class_<Matrix>(m, "Matrix")
+      .def("__init__", [](Matrix* self, int codes, int rows, int cols, int group, uintptr_t data, int scale_type, uintptr_t scales) {
+        new (self) Matrix(make_matrix(codes, rows, cols, group, data, scale_type, scales));
+      })
+      .def_ro("rows", &Matrix::rows)
+      .def_ro("cols", &Matrix::cols)
+      .def_prop_ro("block", &Matrix::block)
+      .def_prop_ro("row_bytes", &Matrix::row_bytes);
+  nb::class_<MoeLayer>(m, "MoeLayer")
+      .def("__init__", [](MoeLayer* self, int hidden) { new (self) MoeLayer(); self->hidden = hidden; })
+      .def("add_expert", [](MoeLayer& self, const Matrix& gate, const Matrix& up, const Matrix& down) { self.experts.push_back({gate, up, down}); })
+      .def("set_shared", [](MoeLayer& self, const Matrix& gate, const Matrix& up, const Matrix& down) {
+        self.has_shared = true;
+        self.shared = {gate, up, down};
+      })
+      .def("set_router", [](MoeLayer& self, const Matrix& weight, std::vector<float> bias, int topk, int groups, int topk_groups,
+                            bool normalise, float factor) {
+        self.router = {weight, std::move(bias), weight.rows, topk, groups, topk_groups, normalise, factor};
+      });
+  m.def("linear", &run_linear);
+  m.def("moe", &run_moe);
+  m.def("round_weights", &run_round);
+  m.def("read_all", [](uintptr_t data, size_t bytes) {
+    nb::gil_scoped_release release;
+    return table().read_all(at<const uint8_t>(data), bytes);
+  });
+  m.def("spin_products", [](int rounds) {
+    nb::gil_scoped_release release;
+    return table().spin_products(rounds);
+  });
+  m.def("set_threads", &set_threads);
+  m.def("threads", &threads);
+  m.def("instruction_set", [] { return std::string(table().name); });
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const char* name : tables()) names.emplace_back(name);
+    return names;
+  });
+  m.def("use_instruction_set", [](const std::string& name) {
+    if (!use_table(name.c_str())) throw std::invalid_argument("unknown or unsupported instruction set: " + name);
+  });
+}

@@ -1,0 +1,432 @@
+// The products: rows of a weight matrix with rows of activations.
+//
+// One rule makes every path give the same bits. Integer sums are exact within a block of columns;
+// then, block after block in rising order, acc += sum * (weight_scale * activation_scale), each
+// operation rounded. So one row (lanes run along the columns) and many (lanes run along the weight
+// rows) agree, and so do all instruction sets. Float weights: 16 lanes along the columns, summed by one fixed tree.
+#pragma once
+
+#include <algorithm>
+
+#include "activations.h"
+
+namespace glm5 {
+namespace GLM5_ISA {
+
+#if defined(__AVX512VNNI__)
+constexpr int kTile = 12;  // activation rows whose sums stay in registers with two vectors of weight rows
+#else
+constexpr int kTile = 2;
+#endif
+#define GLM5_D 8192
+#define GLM5_H 3
+constexpr int kPanel = 32;
+// From so many activation rows on, turning the weights to run along lanes pays.
+constexpr int kManyRows = 4;
+
+template <class T>
+T* scratch(std::vector<T>& buffer, size_t count) {
+  if (buffer.size() < count) buffer.resize(count);
+  return buffer.data();
+}
+
+inline F32x16 load_scales(const Matrix& m, size_t at, int count) {
+  if (count >= 16) {
+    switch (m.scale_type) {
+      case Scales::bf16: return load_bf16(static_cast<const uint16_t*>(m.scales) + at);
+      case Scales::f16: return load_f16(static_cast<const uint16_t*>(m.scales) + at);
+      default: return load16(static_cast<const float*>(m.scales) + at);
+    }
+  }
+  float some[16] = {};
+  for (int i = 0; i < count; i++) {
+    switch (m.scale_type) {
+      case Scales::bf16: some[i] = bf16_to_float(static_cast<const uint16_t*>(m.scales)[at + i]); break;
+      case Scales::f16: some[i] = f16_to_float(static_cast<const uint16_t*>(m.scales)[at + i]); break;
+      default: some[i] = static_cast<const float*>(m.scales)[at + i];
+    }
+  }
+  return load16(some);
+}
+
+// Scales of up to 16 rows, turned and repeated: out[block * stride + row].
+inline void turn_scales(const Matrix& m, int row, int rows, int block, float* out, int stride) {
+  const int groups = m.groups(), blocks = m.cols / block, repeat = std::max(1, std::min(m.group, m.cols) / block);
+  for (int g = 0; g < groups; g += 16) {
+    F32x16 lines[16], turned[16];
+    each<16>([&](auto r) GLM5_INLINE {
+      lines[r] = load_scales(m, static_cast<size_t>(row + std::min<int>(r, rows - 1)) * groups + g, groups - g);
+    });
+    transpose_floats(lines, turned);
+    each<16>([&](auto i) GLM5_INLINE {
+      const int first = (g + i) * repeat, last = std::min(blocks, first + repeat);
+      for (int b = first; b < last; b++) store16(out + static_cast<size_t>(b) * stride, turned[i]);
+    });
+  }
+}
+
+// ---------------------------------------------------------------- a few rows: lanes along the columns
+
+// Scales of blocks [first, first + 16) of a row.
+GLM5_INLINE inline F32x16 block_scales(const Matrix& m, size_t row, int first, int repeat) {
+  const size_t groups = static_cast<size_t>(m.groups());
+  if (repeat == 1) return load_scales(m, row * groups + static_cast<size_t>(first), static_cast<int>(groups) - first);
+  float some[16];
+  const int from = first / repeat, count = std::min(16, static_cast<int>(groups) - from);
+  store16(some, load_scales(m, row * groups + static_cast<size_t>(from), count));
+  float repeated[16];
+  for (int i = 0; i < 16; i++) repeated[i] = some[std::min(count - 1, (first + i) / repeat - from)];
+  return load16(repeated);
+}
+
+// Eight chunks of R weight rows with T activation rows, as float terms in block order: the weights
+// are read as R plain streams, which is what the machine's own prefetching is built for.
+template <Codes C, int Block, int R, int T, bool Whole>
+GLM5_INLINE inline void eight_chunks(const uint8_t* const (&from)[R], int bytes, const int8_t* const (&acts)[T],
+                                     const int32_t* const (&offsets)[T], const float* const (&act_scales)[T],
+                                     const Matrix& m, size_t row, int first, int repeat, float* terms, size_t stride) {
+  constexpr int kChunk = C == Codes::int4 ? 128 : 64;  // columns in 64 bytes of weights
+  constexpr int kBlocks = kChunk / Block;              // 1, 2 or 4
+  constexpr int kVectors = (8 * kBlocks + 15) / 16;    // of 16 blocks
+  I32x16 acc[R][T][8];
+  each<8>([&](auto c) GLM5_INLINE {
+    each<R>([&](auto r) GLM5_INLINE {
+      __builtin_prefetch(from[r] + 64 * c + GLM5_D, 0, GLM5_H);
+      const Bytes64 w = Whole ? load64(from[r] + 64 * c) : load64(from[r] + 64 * c, std::max(0, bytes - 64 * c));
+      each<T>([&](auto t) GLM5_INLINE {
+        if (!Whole && bytes <= 64 * c) {
+          acc[r][t][c] = zero_int16();
+        } else if constexpr (C == Codes::int4) {
+          acc[r][t][c] = dot_nibbles(zero_int16(), low_nibbles(w), load64(acts[t] + kChunk * c));
+          acc[r][t][c] = dot_nibbles(acc[r][t][c], high_nibbles(w), load64(acts[t] + kChunk * c + 64));
+        } else {
+          acc[r][t][c] = dot_bytes(zero_int16(), w, load64(acts[t] + kChunk * c));
+        }
+      });
+    });
+  });
+  each<R>([&](auto r) GLM5_INLINE {
+    F32x16 scales[kVectors];
+    each<kVectors>([&](auto v) GLM5_INLINE { scales[v] = block_scales(m, row + r, first + 16 * v, repeat); });
+    each<T>([&](auto t) GLM5_INLINE {
+      I32x8 q[4];
+      sum_quarters(acc[r][t], q);
+      I32x16 sums[2];
+      if constexpr (kBlocks == 4) interleave4(q, sums);
+      if constexpr (kBlocks == 2) sums[0] = interleave2(add8(q[0], q[1]), add8(q[2], q[3]));
+      if constexpr (kBlocks == 1) sums[0] = widen8(add8(add8(q[0], q[1]), add8(q[2], q[3])));
+      each<kVectors>([&](auto v) GLM5_INLINE {
+        const F32x16 exact = to_float(add16(sums[v], load_int16(offsets[t] + first + 16 * v)));
+        store16(terms + (static_cast<size_t>(t) * 16 + r) * stride + static_cast<size_t>(first + 16 * v),
+                exact * (scales[v] * load16(act_scales[t] + first + 16 * v)));
+      });
+    });
+  });
+}
+
+template <Codes C, int Block, int T>
+void few_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int* picks, float* out, size_t ldo) {
+  constexpr int kChunk = C == Codes::int4 ? 128 : 64;
+  constexpr int kBlocks = kChunk / Block;
+  constexpr int R = 1;
+  const size_t row_bytes = m.row_bytes();
+  const int blocks = x.blocks(), repeat = std::max(1, std::min(m.group, m.cols) / Block);
+  const size_t stride = static_cast<size_t>((blocks + 31) / 16 * 16);
+  static thread_local std::vector<float> buffer;
+  float* terms = scratch(buffer, stride * 16 * T);
+  const int32_t* offsets[T];
+  const float* act_scales[T];
+  each<T>([&](auto t) GLM5_INLINE { offsets[t] = x.offset(picks[t]), act_scales[t] = x.scale(picks[t]); });
+
+  for (int row = r0; row < r1; row += 16) {
+    const int rows = std::min(16, r1 - row);
+    for (int r = 0; r < rows; r += R) {
+      const uint8_t* from[R];
+      const int8_t* acts[T];
+      // An odd last row is read twice rather than past the end; its second result is never used.
+      const int at_row = row + std::max(0, std::min(r, rows - R));
+      const bool alone = R == 2 && rows == 1;
+      each<R>([&](auto i) GLM5_INLINE { from[i] = m.data + static_cast<size_t>(at_row + (alone ? 0 : i)) * row_bytes; });
+      each<T>([&](auto t) GLM5_INLINE { acts[t] = x.row(picks[t]); });
+      float* to = terms + static_cast<size_t>(at_row - row) * stride;
+      int first = 0;
+      size_t at = 0;
+      if (!alone) {
+        for (; at + 512 <= row_bytes && first + 16 <= blocks; at += 512, first += 8 * kBlocks) {
+          eight_chunks<C, Block, R, T, true>(from, 512, acts, offsets, act_scales, m, static_cast<size_t>(at_row), first, repeat, to, stride);
+          each<R>([&](auto i) GLM5_INLINE { from[i] += 512; });
+          each<T>([&](auto t) GLM5_INLINE { acts[t] += 8 * kChunk; });
+        }
+      }
+      for (; at < row_bytes; at += 512, first += 8 * kBlocks) {
+        const int bytes = static_cast<int>(std::min<size_t>(512, row_bytes - at));
+        each<R>([&](auto i) GLM5_INLINE {
+          if (alone && i > 0) return;
+          const uint8_t* one[1] = {from[i]};
+          eight_chunks<C, Block, 1, T, false>(one, bytes, acts, offsets, act_scales, m, static_cast<size_t>(at_row + i), first, repeat,
+                                              to + static_cast<size_t>(i) * stride, stride);
+          from[i] += 512;
+        });
+        each<T>([&](auto t) GLM5_INLINE { acts[t] += 8 * kChunk; });
+      }
+    }
+    // Blocks in rising order, lanes along the rows.
+    each<T>([&](auto t) GLM5_INLINE {
+      F32x16 sum = zero16();
+      const float* mine = terms + static_cast<size_t>(t) * 16 * stride;
+      for (int g = 0; g < blocks; g += 16) {
+        F32x16 lines[16], turned[16];
+        each<16>([&](auto r) GLM5_INLINE { lines[r] = load16(mine + static_cast<size_t>(r) * stride + g); });
+        transpose_floats(lines, turned);
+        if (g + 16 <= blocks) each<16>([&](auto i) GLM5_INLINE { sum = sum + turned[i]; });
+        else each<16>([&](auto i) GLM5_INLINE { if (g + i < blocks) sum = sum + turned[i]; });
+      }
+      store16(out + static_cast<size_t>(t) * ldo + static_cast<size_t>(row - r0), sum, rows);
+    });
+  }
+}
+
+// ---------------------------------------------------------------- many rows: lanes along the weight rows
+
+// A panel of 32 weight rows, turned so that word w of every row is one run of 128 bytes.
+inline void turn_panel(const Matrix& m, int row, int rows, uint8_t* panel) {
+  const size_t row_bytes = m.row_bytes();
+  for (size_t at = 0; at < row_bytes; at += 64) {
+    for (int half = 0; half < 2; half++) {
+      Bytes64 lines[16];
+      const bool whole = at + 64 <= row_bytes;
+      each<16>([&](auto r) GLM5_INLINE {
+        const uint8_t* from = m.data + static_cast<size_t>(row + std::min(16 * half + r, rows - 1)) * row_bytes + at;
+        lines[r] = whole ? load64(from) : load64(from, static_cast<int>(row_bytes - at));
+      });
+      transpose_words(lines, panel + at * 32 + 64 * half, 128);
+    }
+  }
+}
+
+template <Codes C, int Block, int T>
+void panel_tile(const uint8_t* panel, const float* turned, int rows, const QuantisedRows& x, const int* picks,
+                float* out, size_t ldo) {
+  constexpr int kColumns = C == Codes::int4 ? 8 : 4;  // columns in a word
+  constexpr int kWords = Block / kColumns;
+  const int blocks = x.blocks();
+  const int8_t* codes[T];
+  for (int t = 0; t < T; t++) codes[t] = x.row(picks[t]);
+  alignas(64) float sums[T][kPanel] = {};
+  for (int b = 0; b < blocks; b++) {
+    I32x16 acc[T][2];
+    each<T>([&](auto t) GLM5_INLINE { acc[t][0] = acc[t][1] = set_int16(x.offset(picks[t])[b]); });
+    const uint8_t* words = panel + static_cast<size_t>(b) * kWords * 128;
+    const size_t column = static_cast<size_t>(b) * Block;
+    size_t at = C == Codes::int4 ? column / 128 * 128 + column % 128 / 2 : column;
+    for (int w = 0; w < kWords; w++, words += 128, at += 4) {
+      const Bytes64 first = load64(words), second = load64(words + 64);
+      if constexpr (C == Codes::int4) {
+        const Bytes64 low0 = low_nibbles(first), high0 = high_nibbles(first);
+        const Bytes64 low1 = low_nibbles(second), high1 = high_nibbles(second);
+        each<T>([&](auto t) GLM5_INLINE {
+          const Bytes64 even = repeat4(codes[t] + at), odd = repeat4(codes[t] + at + 64);
+          acc[t][0] = dot_nibbles(acc[t][0], low0, even);
+          acc[t][1] = dot_nibbles(acc[t][1], low1, even);
+          acc[t][0] = dot_nibbles(acc[t][0], high0, odd);
+          acc[t][1] = dot_nibbles(acc[t][1], high1, odd);
+        });
+      } else {
+        each<T>([&](auto t) GLM5_INLINE {
+          const Bytes64 acts = repeat4(codes[t] + at);
+          acc[t][0] = dot_bytes(acc[t][0], first, acts);
+          acc[t][1] = dot_bytes(acc[t][1], second, acts);
+        });
+      }
+    }
+    const float* scales = turned + static_cast<size_t>(b) * kPanel;
+    const F32x16 scale0 = load16(scales), scale1 = load16(scales + 16);
+    each<T>([&](auto t) GLM5_INLINE {
+      const F32x16 act = set16(x.scale(picks[t])[b]);
+      store16(sums[t], load16(sums[t]) + to_float(acc[t][0]) * (scale0 * act));
+      store16(sums[t] + 16, load16(sums[t] + 16) + to_float(acc[t][1]) * (scale1 * act));
+    });
+  }
+  for (int t = 0; t < T; t++) std::memcpy(out + static_cast<size_t>(t) * ldo, sums[t], 4 * static_cast<size_t>(rows));
+}
+
+template <Codes C, int Block, int T>
+void panel_tiles(int wanted, const uint8_t* panel, const float* turned, int rows, const QuantisedRows& x,
+                 const int* picks, float* out, size_t ldo) {
+  if (wanted == T) return panel_tile<C, Block, T>(panel, turned, rows, x, picks, out, ldo);
+  if constexpr (T > 1) panel_tiles<C, Block, T - 1>(wanted, panel, turned, rows, x, picks, out, ldo);
+}
+
+template <Codes C, int Block>
+void many_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int* picks, int count, float* out, size_t ldo) {
+  static thread_local std::vector<uint8_t> panel_buffer;
+  static thread_local std::vector<float> scale_buffer;
+  const size_t padded = (m.row_bytes() + 63) / 64 * 64;
+  auto* panel = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(scratch(panel_buffer, padded * kPanel + 64)) + 63) & ~uintptr_t{63});
+  float* turned = scratch(scale_buffer, static_cast<size_t>(x.blocks()) * kPanel);
+  for (int row = r0; row < r1; row += kPanel) {
+    const int rows = std::min(kPanel, r1 - row);
+    turn_panel(m, row, rows, panel);
+    turn_scales(m, row, std::min(16, rows), Block, turned, kPanel);
+    turn_scales(m, row + std::min(16, rows - 1), std::max(1, rows - 16), Block, turned + 16, kPanel);
+    int tiles = (count + kTile - 1) / kTile, done = 0;
+    for (; tiles > 0; tiles--) {  // tiles of nearly one size
+      const int size = (count - done + tiles - 1) / tiles;
+      panel_tiles<C, Block, kTile>(size, panel, turned, rows, x, picks + done,
+                                   out + static_cast<size_t>(done) * ldo + static_cast<size_t>(row - r0), ldo);
+      done += size;
+    }
+  }
+}
+
+template <Codes C, int Block>
+void integer_product_of(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int* picks, int count, float* out, size_t ldo) {
+  if (count >= kManyRows) return many_rows<C, Block>(m, r0, r1, x, picks, count, out, ldo);
+  if (count == 3) return few_rows<C, Block, 3>(m, r0, r1, x, picks, out, ldo);
+  if (count == 2) return few_rows<C, Block, 2>(m, r0, r1, x, picks, out, ldo);
+  if (count == 1) few_rows<C, Block, 1>(m, r0, r1, x, picks, out, ldo);
+}
+
+// out[i * ldo + r - r0] = W[r] . x[picks[i]] for r in [r0, r1), i < count
+inline void integer_product(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int* picks, int count, float* out, size_t ldo) {
+  if (r0 >= r1 || count <= 0) return;
+  const bool four = m.codes == Codes::int4;
+  if (x.block == 64) {
+    if (four) integer_product_of<Codes::int4, 64>(m, r0, r1, x, picks, count, out, ldo);
+    else integer_product_of<Codes::int8, 64>(m, r0, r1, x, picks, count, out, ldo);
+  } else {
+    if (four) integer_product_of<Codes::int4, 32>(m, r0, r1, x, picks, count, out, ldo);
+    else integer_product_of<Codes::int8, 32>(m, r0, r1, x, picks, count, out, ldo);
+  }
+}
+
+// ---------------------------------------------------------------- float weights, and integers exactly
+
+// Sixteen weights of a row from column k on, as floats (for int4 and int8 the exact values).
+template <Codes C>
+inline F32x16 weights16(const Matrix& m, const uint8_t* row, int r, int k) {
+  if constexpr (C == Codes::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(row) + k);
+  if constexpr (C == Codes::f16) return load_f16(reinterpret_cast<const uint16_t*>(row) + k);
+  if constexpr (C == Codes::f32) return load16(reinterpret_cast<const float*>(row) + k);
+  if constexpr (C == Codes::e4m3) {
+    const size_t across = static_cast<size_t>(m.groups());
+    const float scale = static_cast<const float*>(m.scales)[static_cast<size_t>(r / m.group) * across + static_cast<size_t>(k / m.group)];
+    return load_e4m3(row + k) * set16(scale);
+  }
+  if constexpr (C == Codes::int4 || C == Codes::int8) {
+    float values[16];
+    for (int i = 0; i < 16; i++) {
+      const int code = C == Codes::int8 ? row[k + i] - 128 : ((k + i) & 1 ? row[(k + i) / 2] >> 4 : row[(k + i) / 2] & 15) - 8;
+      values[i] = static_cast<float>(code);
+    }
+    const int groups = m.groups(), whole = m.group;
+    if (k / whole == (k + 15) / whole) {
+      float scale[16];
+      store16(scale, load_scales(m, static_cast<size_t>(r) * groups + static_cast<size_t>(k / whole), 1));
+      return load16(values) * set16(scale[0]);
+    }
+    for (int i = 0; i < 16; i++) {
+      float scale[16];
+      store16(scale, load_scales(m, static_cast<size_t>(r) * groups + static_cast<size_t>((k + i) / whole), 1));
+      values[i] *= scale[0];
+    }
+    return load16(values);
+  }
+}
+
+// The last columns of a row, in a copy that may be read past its end.
+template <Codes C>
+inline F32x16 last_weights(const Matrix& m, const uint8_t* row, int r, int k) {
+  float values[16] = {};
+  for (int i = k; i < m.cols; i++) {
+    float scale[16] = {1.0f};
+    if (C == Codes::int4 || C == Codes::int8) store16(scale, load_scales(m, static_cast<size_t>(r) * m.groups() + static_cast<size_t>(i / m.group), 1));
+    float value = 0;
+    switch (C) {
+      case Codes::bf16: value = bf16_to_float(reinterpret_cast<const uint16_t*>(row)[i]); break;
+      case Codes::f16: value = f16_to_float(reinterpret_cast<const uint16_t*>(row)[i]); break;
+      case Codes::f32: value = reinterpret_cast<const float*>(row)[i]; break;
+      case Codes::e4m3: value = e4m3_to_float(row[i]) * static_cast<const float*>(m.scales)[static_cast<size_t>(r / m.group) * static_cast<size_t>(m.groups()) + static_cast<size_t>(i / m.group)]; break;
+      case Codes::int8: value = static_cast<float>(row[i] - 128); break;
+      case Codes::int4: value = static_cast<float>((i & 1 ? row[i / 2] >> 4 : row[i / 2] & 15) - 8); break;
+    }
+    values[i - k] = value * scale[0];
+  }
+  return load16(values);
+}
+
+template <Codes C, int R, int T>
+void float_tile(const Matrix& m, int row, const float* const* x, float* const* out) {
+  F32x16 acc[R][T];
+  for (int r = 0; r < R; r++) for (int t = 0; t < T; t++) acc[r][t] = zero16();
+  const uint8_t* from[R];
+  for (int r = 0; r < R; r++) from[r] = m.data + static_cast<size_t>(row + r) * m.row_bytes();
+  int k = 0;
+  for (; k + 16 <= m.cols; k += 16) {
+    F32x16 acts[T];
+    for (int t = 0; t < T; t++) acts[t] = load16(x[t] + k);
+    for (int r = 0; r < R; r++) {
+      const F32x16 w = weights16<C>(m, from[r], row + r, k);
+      for (int t = 0; t < T; t++) acc[r][t] = fma(w, acts[t], acc[r][t]);
+    }
+  }
+  if (k < m.cols) {
+    for (int r = 0; r < R; r++) {
+      const F32x16 w = last_weights<C>(m, from[r], row + r, k);
+      for (int t = 0; t < T; t++) acc[r][t] = fma(w, load16(x[t] + k, m.cols - k), acc[r][t]);
+    }
+  }
+  for (int t = 0; t < T; t++) for (int r = 0; r < R; r++) out[t][r] = sum16(acc[r][t]);
+}
+
+template <Codes C, int T>
+void float_rows(const Matrix& m, int r0, int r1, const float* const* x, float* const* out) {
+  int row = r0;
+  float* at[T];
+  for (; row + 4 <= r1; row += 4) {
+    for (int t = 0; t < T; t++) at[t] = out[t] + (row - r0);
+    float_tile<C, 4, T>(m, row, x, at);
+  }
+  for (; row < r1; row++) {
+    for (int t = 0; t < T; t++) at[t] = out[t] + (row - r0);
+    float_tile<C, 1, T>(m, row, x, at);
+  }
+}
+
+template <Codes C>
+void float_product_of(const Matrix& m, int r0, int r1, const float* x, size_t ldx, const int* picks, int count, float* out, size_t ldo) {
+  // Rows of weights that stay in the nearest cache while all activations pass.
+  const int band = std::max(4, static_cast<int>(65536 / std::max<size_t>(1, m.row_bytes())) / 4 * 4);
+  for (int row = r0; row < r1; row += band) {
+    const int end = std::min(r1, row + band);
+    for (int i = 0; i < count;) {
+      const float* from[4];
+      float* to[4];
+      const int n = std::min(4, count - i);
+      for (int t = 0; t < n; t++) {
+        from[t] = x + static_cast<size_t>(picks[i + t]) * ldx;
+        to[t] = out + static_cast<size_t>(i + t) * ldo + static_cast<size_t>(row - r0);
+      }
+      if (n == 4) float_rows<C, 4>(m, row, end, from, to);
+      else if (n == 3) float_rows<C, 3>(m, row, end, from, to);
+      else if (n == 2) float_rows<C, 2>(m, row, end, from, to);
+      else float_rows<C, 1>(m, row, end, from, to);
+      i += n;
+    }
+  }
+}
+
+// The same from float activations [.., ldx]; integers exactly, without rounding the activations.
+inline void float_product(const Matrix& m, int r0, int r1, const float* x, size_t ldx, const int* picks, int count, float* out, size_t ldo) {
+  switch (m.codes) {
+    case Codes::bf16: return float_product_of<Codes::bf16>(m, r0, r1, x, ldx, picks, count, out, ldo);
+    case Codes::f16: return float_product_of<Codes::f16>(m, r0, r1, x, ldx, picks, count, out, ldo);
+    case Codes::f32: return float_product_of<Codes::f32>(m, r0, r1, x, ldx, picks, count, out, ldo);
+    case Codes::e4m3: return float_product_of<Codes::e4m3>(m, r0, r1, x, ldx, picks, count, out, ldo);
+    case Codes::int4: return float_product_of<Codes::int4>(m, r0, r1, x, ldx, picks, count, out, ldo);
+    case Codes::int8: return float_product_of<Codes::int8>(m, r0, r1, x, ldx, picks, count, out, ldo);
+  }
+}
+
+}  // namespace GLM5_ISA
+}  // namespace glm5

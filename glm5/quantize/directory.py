@@ -1,0 +1,378 @@
+"""The whole job: plan every tensor, write shard after shard, put the directory into place.
+
+The plan needs headers only, so that disk space is known and the job can be taken up again: a
+finished shard is never made twice, each byte of the source is read once, and memory holds one
+tensor. Within a shard the experts come first, each one run of bytes on a 4 KiB boundary
+(docs/quantize.md draws it).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glm5.checkpoint import names
+from glm5.checkpoint.safetensors_file import PlannedTensor, write_safetensors
+from glm5.checkpoint.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from glm5.checkpoint.writing import move_up
+from glm5.config import ModelConfig
+from glm5.errors import CheckpointError
+from glm5.files import atomic_path, write_atomic
+from glm5.kernels import cpu
+from glm5.kernels.modules import Scheme
+from glm5.kernels.packing import words_per_row
+from glm5.model.transformer import GlmForCausalLM
+from glm5.quantize.recipe import Recipe
+from glm5.quantize.sources import WeightSource, open_source
+
+WORKING = ".glm5-quantizing"
+PLAN_FILE = "plan.json"
+RECEIPT_FILE = "quantization_receipt.json"
+SHARD_BYTES = 5_000_000_000
+ALIGNMENT = 4096
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A weight of the source and what becomes of it; `scheme` None = it is copied."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read_bytes: int
+    scheme: Scheme | None
+    is_expert: bool
+
+    @property
+    def written_bytes(self) -> int:
+        if self.scheme is None:
+            return math.prod(self.shape) * self.dtype.itemsize
+        rows, columns = self.shape
+        return rows * (words_per_row(columns, self.scheme.bits) * 4 + columns // self.scheme.group * 2) + 16
+
+
+def quantise(
+    source: str | Path,
+    destination: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write `destination` as a compressed-tensors W4A16 checkpoint of `source`; returns the receipt.
+
+    source: a checkpoint directory (bf16, fp16, fp32, FP8, or quantised by others) or a GGUF file.
+    restart: throw away what an unfinished job left in `destination`.
+    progress: called with (source bytes read, source bytes in all).
+
+    An interrupted job is taken up by the same call. Raises CheckpointError: the source cannot be
+    read or has a weight that is not finite, a group does not divide a width, the destination holds
+    something else, or the disk is too small; what was there stays.
+    """
+    source, destination = Path(source), Path(destination)
+    recipe = recipe or Recipe()
+    if (destination / CONFIG_FILE).exists():
+        raise CheckpointError(f"{destination}: holds a checkpoint already; name another directory")
+    if source.resolve() == destination.resolve():
+        raise CheckpointError(f"{destination}: is the source; name another directory")
+    weights = open_source(source)
+    _refuse_packed_source(weights, source)
+    items = plan(weights, recipe)
+    shards = list(_shards(items, shard_bytes))
+    working = destination / WORKING
+    try:
+        _take_up(working, weights, recipe, shard_bytes, restart)
+        receipts = _write_shards(weights, shards, working, progress)
+        receipt = _finish(weights, recipe, shards, receipts, working)
+        move_up(working, destination)
+    except OSError as error:
+        raise CheckpointError(
+            f"{destination}: cannot be written ({error.strerror}); the same command goes on from here"
+        ) from None
+    return receipt
+
+
+def plan(source: WeightSource, recipe: Recipe) -> list[Item]:
+    """Every weight in model order. Reads headers only."""
+    with torch.device("meta"):
+        model = GlmForCausalLM(source.config)
+    linear = {
+        names.disk_name(f"{path}.", source.config).removesuffix(".")
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    items = []
+    for piece in names.pieces(model):
+        module = piece.name.removesuffix(".weight")
+        shape = source.shape(piece.name)
+        expert = bool(piece.part)
+        scheme = recipe.scheme_of(module) if expert or module in linear else None
+        if scheme is not None and shape[1] % scheme.group:
+            fitting = next((group for group in (128, 64, 32) if shape[1] % group == 0), None)
+            advice = f"use --group {fitting}" if fitting else f"leave it out: --keep '{module}'"
+            raise CheckpointError(
+                f"{source.path}: {piece.name} is {shape[1]} wide, no whole groups of {scheme.group}; {advice}"
+            )
+        items.append(
+            Item(piece.name, shape, source.dtype(piece.name), source.num_bytes(piece.name), scheme, expert)
+        )
+    return items
+
+
+def _refuse_packed_source(weights: WeightSource, source: Path) -> None:
+    settings = weights.config.extra.get("quantization_config")
+    if not isinstance(settings, dict):
+        return
+    groups = settings.get("config_groups")
+    ours = settings.get("format") in ("pack-quantized", "mixed-precision") and isinstance(groups, dict)
+    if settings.get("quant_method") == "compressed-tensors" and ours and settings.get("glm5"):
+        raise CheckpointError(f"{source}: is quantised by glm5 already; start from its source")
+
+
+def _take_up(working: Path, source: WeightSource, recipe: Recipe, shard_bytes: int, restart: bool) -> None:
+    """Make the working folder, or check that the one that is there belongs to the same job."""
+    if restart:
+        shutil.rmtree(working, ignore_errors=True)
+    job = {"source": source.identity(), "recipe": recipe.as_dict(), "shard_bytes": shard_bytes}
+    path = working / PLAN_FILE
+    text = json.dumps(job, indent=1)
+    if working.exists() and any(working.iterdir()):
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            raise CheckpointError(
+                f"{working}: holds an unfinished job with another source or recipe; "
+                "finish that one, or use --restart to throw it away"
+            )
+        return
+    working.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text)
+
+
+def _shards(items: list[Item], limit: int) -> Iterator[list[Item]]:
+    """Runs of about `limit` bytes that never part an expert; experts first within each."""
+    shard: list[Item] = []
+    size = 0
+    for unit in _units(items):
+        bytes_of = sum(item.written_bytes for item in unit)
+        if shard and size + bytes_of > limit:
+            yield sorted(shard, key=lambda item: not item.is_expert)
+            shard, size = [], 0
+        shard += unit
+        size += bytes_of
+    yield sorted(shard, key=lambda item: not item.is_expert)
+
+
+def _units(items: list[Item]) -> Iterator[list[Item]]:
+    """An expert's three matrices are one unit."""
+    unit: list[Item] = []
+    for item in items:
+        expert = item.name.rsplit(".", 2)[0] if item.is_expert else item.name
+        if unit and (not item.is_expert or not unit[0].name.startswith(expert + ".")):
+            yield unit
+            unit = []
+        unit.append(item)
+    if unit:
+        yield unit
+
+
+def _write_shards(
+    source: WeightSource, shards: list[list[Item]], working: Path, progress: Progress | None
+) -> list[dict[str, Any]]:
+    total = sum(item.read_bytes for shard in shards for item in shard)
+    missing = [n for n in range(len(shards)) if not (working / _receipt_name(n)).exists()]
+    needed = sum(item.written_bytes for n in missing for item in shards[n]) + (64 << 20)
+    free = shutil.disk_usage(working).free
+    if needed > free:
+        raise CheckpointError(
+            f"{working.parent}: {needed / 1e9:.1f} GB are needed, the disk has {free / 1e9:.1f} GB; "
+            "free some or name another directory"
+        )
+    done = 0
+    receipts = []
+    for number, shard in enumerate(shards):
+        name = _shard_name(number, len(shards))
+        receipt_path = working / _receipt_name(number)
+        if receipt_path.exists() and (working / name).exists():
+            receipts.append(json.loads(receipt_path.read_text(encoding="utf-8")))
+            done += sum(item.read_bytes for item in shard)
+        else:
+            writer = _ShardWriter(source, shard, done, total, progress)
+            with atomic_path(working / name) as temporary:
+                write_safetensors(temporary, writer.tensors(), alignment=ALIGNMENT)
+            write_atomic(receipt_path, json.dumps(writer.receipt))
+            receipts.append(writer.receipt)
+            done = writer.done
+        if progress is not None:
+            progress(done, total)
+    return receipts
+
+
+class _ShardWriter:
+    """Turns the items of a shard into the tensors of a file, each made when its turn comes."""
+
+    def __init__(
+        self, source: WeightSource, shard: list[Item], done: int, total: int, progress: Progress | None
+    ) -> None:
+        self._source, self._shard, self._progress = source, shard, progress
+        self.done, self._total = done, total
+        self.receipt: dict[str, Any] = {}
+        self._scales: dict[str, Tensor] = {}
+
+    def tensors(self) -> Iterator[PlannedTensor]:
+        shapes = []
+        for item in self._shard:
+            if item.scheme is None:
+                yield PlannedTensor(item.name, item.dtype, item.shape, partial(self._copied, item))
+                continue
+            module, (rows, columns) = item.name.removesuffix(".weight"), item.shape
+            words = (rows, words_per_row(columns, item.scheme.bits))
+            groups = (rows, columns // item.scheme.group)
+            yield PlannedTensor(f"{module}.weight_packed", torch.int32, words, partial(self._codes, item))
+            yield PlannedTensor(f"{module}.weight_scale", torch.bfloat16, groups, partial(self._scale, item))
+            shape = partial(torch.tensor, item.shape)
+            shapes.append(PlannedTensor(f"{module}.weight_shape", torch.int64, (2,), shape))
+        # Last, so that they do not push the experts off their boundaries.
+        yield from shapes
+
+    def _scale(self, item: Item) -> Tensor:
+        return self._scales.pop(item.name)
+
+    def _copied(self, item: Item) -> Iterator[Tensor]:
+        for band in self._source.bands(item.name):
+            yield band
+            self._advance(round(item.read_bytes * band.numel() / math.prod(item.shape)))
+
+    def _codes(self, item: Item) -> Tensor:
+        assert item.scheme is not None
+        values = self._source.read(item.name)
+        rounded = cpu.round_weights(values, bits=item.scheme.bits, group=item.scheme.group)
+        if not math.isfinite(rounded.energy):
+            raise CheckpointError(
+                f"{self._source.path}: {item.name} holds an infinite weight or NaN and cannot be quantised"
+            )
+        self._scales[item.name] = rounded.scales
+        error = math.sqrt(rounded.error / rounded.energy) if rounded.energy else 0.0
+        self.receipt[item.name] = {
+            "bits": item.scheme.bits, "group": item.scheme.group, "relative_error": round(error, 6),
+        }  # fmt: skip
+        self._advance(item.read_bytes)
+        return rounded.words
+
+    def _advance(self, count: int) -> None:
+        self.done += count
+        if self._progress is not None:
+            self._progress(min(self.done, self._total), self._total)
+
+
+def _finish(
+    source: WeightSource,
+    recipe: Recipe,
+    shards: list[list[Item]],
+    receipts: list[dict[str, Any]],
+    working: Path,
+) -> dict[str, Any]:
+    """Index, side files, config and receipt; then the working folder is a whole checkpoint."""
+    items = [item for shard in shards for item in shard]
+    if len(shards) > 1:
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards):
+            writer = _ShardWriter(source, shard, 0, 0, None)
+            weight_map |= dict.fromkeys((t.name for t in writer.tensors()), _shard_name(number, len(shards)))
+        total = sum(item.written_bytes for item in items)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_atomic(working / INDEX_FILE, json.dumps(index, indent=1) + "\n")
+    for name, content in source.side_files().items():
+        write_atomic(working / name, content)
+    receipt = _receipt(source.config, recipe, items, receipts)
+    write_atomic(working / RECEIPT_FILE, json.dumps(receipt, indent=1) + "\n")
+    quantised_config(source.config, items).save_pretrained(working)
+    for number in range(len(shards)):
+        (working / _receipt_name(number)).unlink(missing_ok=True)
+    (working / PLAN_FILE).unlink()
+    return receipt
+
+
+def _receipt(
+    config: ModelConfig, recipe: Recipe, items: list[Item], receipts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    errors = {name: entry for part in receipts for name, entry in part.items()}
+    packed = [item for item in items if item.scheme is not None]
+    weights = sum(math.prod(item.shape) for item in packed)
+    packed_bytes = sum(item.written_bytes for item in packed)
+    share = config.num_experts_per_tok / config.n_routed_experts if config.n_routed_experts else 1.0
+    token = 0.0
+    for item in items:
+        if names.is_mtp(item.name, config) or item.name == "model.embed_tokens.weight":
+            continue
+        token += item.written_bytes * (share if item.is_expert else 1.0)
+    if config.tie_word_embeddings:  # read whole, as the head
+        token += sum(i.written_bytes for i in items if i.name == "model.embed_tokens.weight")
+    return {
+        "recipe": recipe.as_dict(),
+        "bits_per_quantised_weight": round(8 * packed_bytes / weights, 4) if weights else None,
+        "total_bytes": sum(item.written_bytes for item in items),
+        "source_bytes": sum(item.read_bytes for item in items),
+        "bytes_per_token": round(token),
+        "tensors": dict(sorted(errors.items())),
+    }
+
+
+def quantised_config(config: ModelConfig, items: list[Item]) -> ModelConfig:
+    """The config that tells every reader how these weights are stored."""
+    by_scheme: dict[Scheme, list[str]] = {}
+    kept = []
+    for item in items:
+        module = item.name.removesuffix(".weight")
+        if item.scheme is not None:
+            by_scheme.setdefault(item.scheme, []).append(module)
+        elif len(item.shape) == 2:
+            kept.append(module)
+    if config.tie_word_embeddings:
+        kept.append("lm_head")
+    groups = {}
+    for number, (scheme, modules) in enumerate(sorted(by_scheme.items(), key=lambda kv: -len(kv[1]))):
+        groups[f"group_{number}"] = {
+            "targets": ["Linear"] if len(by_scheme) == 1 else _targets(modules),
+            "weights": {
+                "num_bits": scheme.bits, "type": "int", "symmetric": True, "strategy": "group",
+                "group_size": scheme.group, "dynamic": False, "observer": "minmax",
+            },
+            "input_activations": None,
+            "output_activations": None,
+        }  # fmt: skip
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted(kept),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "glm5": {"layout": 1},
+    }
+    extra = {key: value for key, value in config.extra.items() if key != "quantization_config"}
+    return replace(config, dtype="bfloat16", extra=extra | {"quantization_config": settings})
+
+
+def _targets(modules: list[str]) -> list[str]:
+    """Patterns that name exactly these modules: their names with numbers as `\\d+` where all fit."""
+    return sorted({"re:" + "\\.".join(r"\d+" if part.isdigit() else part for part in module.split("."))
+                   + "$" for module in modules})  # fmt: skip
+
+
+def _shard_name(number: int, count: int) -> str:
+    return SINGLE_FILE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _receipt_name(number: int) -> str:
+    return f"shard-{number + 1:05d}.json"
