@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).parents[1] / "glm5"
 LAYERS = {
     "errors": 0, "files": 0, "special_tokens": 0, "presets": 0, "config": 1, "config_checks": 1,
     "template_sandbox": 1, "chat_template": 1, "tokenizer": 2, "model": 2,
-    "kernels": 3, "checkpoint": 3, "runtime": 4, "quantize": 4, "auto": 5, "training": 5, "describe": 6, "chat_session": 6,
-    "loading_bar": 6, "cli": 7, "__init__": 8,
+    "kernels": 3, "checkpoint": 3, "runtime": 4, "quantize": 4, "auto": 5, "training": 5, "describe": 6,
+    "chat_session": 6, "loading_bar": 6, "cli": 7, "__init__": 8,
 }  # fmt: skip
 # Late imports that point up on purpose: the presets are data of the config.
 ALLOWED = {("presets", "config")}

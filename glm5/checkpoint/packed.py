@@ -19,6 +19,7 @@ from glm5.checkpoint.names import disk_name
 from glm5.checkpoint.shards import ShardIndex
 from glm5.errors import CheckpointError
 from glm5.kernels import cpu
+from glm5.kernels.attention import NativeAttention
 from glm5.kernels.modules import (
     PROJECTIONS,
     NativeLinear,
@@ -30,6 +31,7 @@ from glm5.kernels.modules import (
     Scheme,
 )
 from glm5.kernels.packing import BITS
+from glm5.model.attention import MultiHeadLatentAttention
 from glm5.model.linear import Linear
 from glm5.model.moe import MLP, MixtureOfExperts
 from glm5.model.transformer import GlmForCausalLM
@@ -50,8 +52,8 @@ class PackedWeight(NamedTuple):
 def pack_modules(model: GlmForCausalLM, scheme_of: SchemeOf) -> list[PackedWeight]:
     """Swap every layer that `scheme_of(module name on disk)` gives a scheme; returns what to fill.
 
-    The experts of a layer must agree. MLA's kv_b_proj is never packed: its absorbed form multiplies
-    by parts of the matrix.
+    The experts of a layer must agree. Layers that no whole groups fill stay floats. MLA's kv_b_proj
+    is never packed: its absorbed form multiplies by parts of the matrix.
     """
     found: list[PackedWeight] = []
     for path, module in list(model.named_modules()):
@@ -65,8 +67,7 @@ def pack_modules(model: GlmForCausalLM, scheme_of: SchemeOf) -> list[PackedWeigh
         if isinstance(module, Linear) and not path.endswith("kv_b_proj"):
             name = _disk_module(model, path)
             scheme = scheme_of(name)
-            if scheme is not None:
-                _check_group(name, module.in_features, scheme)
+            if scheme is not None and _fits(module.in_features, scheme):
                 layer = PackedLinear(module.in_features, module.out_features, scheme)
                 layer.bias = module.bias
                 _set(model, path, layer)
@@ -86,6 +87,8 @@ def place_modules(model: nn.Module, device: torch.device) -> None:
             module.place(device)
         elif type(module) is Linear and device.type == "cpu":
             NativeLinear.of(module)
+        elif type(module) is MultiHeadLatentAttention and device.type == "cpu":
+            NativeAttention.of(module)
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -111,9 +114,8 @@ def _packed_experts(
         raise CheckpointError(f"{name}: its experts are stored in different ways, which glm5 does not read")
     scheme = schemes.pop()
     assert scheme is not None
-    _check_group(f"{name}.0.gate_proj", hidden, scheme)
-    _check_group(f"{name}.0.down_proj", width, scheme)
-    return PackedExperts(count, hidden, width, scheme)
+    fits = _fits(hidden, scheme) and _fits(width, scheme)
+    return PackedExperts(count, hidden, width, scheme) if fits else None
 
 
 def _expert_weights(name: str, experts: PackedExperts) -> Iterator[PackedWeight]:
@@ -129,12 +131,8 @@ def _expert_memory(experts: PackedExperts, expert: int, projection: str) -> Call
     return lambda: experts.packed(expert, projection)
 
 
-def _check_group(name: str, columns: int, scheme: Scheme) -> None:
-    if scheme.group % 32 == 0 and columns % scheme.group == 0:
-        return
-    fitting = next((group for group in (128, 64, 32) if columns % group == 0), None)
-    advice = f"use --group {fitting}" if fitting else f"leave it out (--keep '{name}')"
-    raise CheckpointError(f"{name}: {columns} columns are no whole groups of {scheme.group}; {advice}")
+def _fits(columns: int, scheme: Scheme) -> bool:
+    return scheme.group % 32 == 0 and columns % scheme.group == 0
 
 
 def _disk_module(model: GlmForCausalLM, path: str) -> str:

@@ -52,7 +52,7 @@ def save_model(
         raise CheckpointError(f"stored is {stored!r}; use one of {', '.join(FORMATS)}")
     if is_packed(model):
         raise CheckpointError(
-            "a model in packed integers is not saved from memory; copy its directory, or `glm5 quantize` its source"
+            "packed integers are not saved from memory; copy the model's directory or quantize its source"
         )
     staging, staged = directory / STAGING, False
     try:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glm5.kernels import cpu
+from glm5.kernels.memory import empty_weights
 from glm5.kernels.packing import dequantise, words_per_row
 from glm5.model.linear import Linear
 from glm5.model.moe import MLP, MixtureOfExperts
@@ -64,10 +65,9 @@ class PackedLinear(nn.Module):
 
     def place(self, device: torch.device) -> Packed:
         rows, groups = self.out_features, self.in_features // self.scheme.group
-        self.words = torch.empty(
-            rows, words_per_row(self.in_features, self.scheme.bits), dtype=torch.int32, device=device
-        )
-        self.scales = torch.empty(rows, groups, dtype=self.scheme.scale_dtype, device=device)
+        words = words_per_row(self.in_features, self.scheme.bits)
+        self.words = empty_weights((rows, words), torch.int32, device)
+        self.scales = empty_weights((rows, groups), self.scheme.scale_dtype, device)
         return Packed(self.words, self.scales)
 
     @cached_property
@@ -125,7 +125,7 @@ class PackedExperts(nn.Module):
 
     def place(self, device: torch.device) -> None:
         stride = -(-self.bytes_per_expert // 64) * 64
-        self.bytes = torch.empty(self.num_experts, stride, dtype=torch.uint8, device=device)
+        self.bytes = empty_weights((self.num_experts, stride), torch.uint8, device)
 
     def packed(self, expert: int, projection: str) -> Packed:
         """Views into the expert's bytes."""

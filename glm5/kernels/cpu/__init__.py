@@ -18,6 +18,7 @@ from glm5.kernels.packing import words_per_row
 
 _FLOAT_CODES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}
 _E4M3 = 9
+INDEX_HEADS = (16, 32, 64)
 _ACTIVATIONS = (torch.float32, torch.bfloat16)
 
 
@@ -202,6 +203,72 @@ class MoeLayer:
             0 if chosen is None else chosen.data_ptr(),
         )  # fmt: skip
         return out
+
+
+class Slots(NamedTuple):
+    """Chosen cache slots of N queries: int32 [N, K] in rising order, of which `counts` [N] are valid."""
+
+    slots: Tensor | None  # None: the first `counts` slots
+    counts: Tensor
+
+
+def attend(
+    q_NHq: Tensor, kv_b: Matrix, turns_Nr: Tensor, cache_BSC: Tensor, rows: Tensor, chosen: Slots, *,
+    nope: int, value: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """Absorbed MLA attention of N queries, [N, H, value] in the dtype of q.
+
+    q: [N, H, nope + rotary], not yet rotated. turns: complex64 [N, rotary / 2]. cache: [B, S, latent +
+    rotary], any row stride. rows: int32 [N], the cache row of each query.
+    """
+    count, heads, query = q_NHq.shape
+    rotary = query - nope
+    _need(kv_b.rows == heads * (nope + value) and kv_b.columns % 16 == 0, "kv_b has other sizes")
+    _need(cache_BSC.shape[2] == kv_b.columns + rotary and (kv_b.columns + rotary) % 16 == 0, "cache width")
+    _need(turns_Nr.shape == (count, rotary // 2) and turns_Nr.dtype == torch.complex64, "turns are wrong")
+    _need(cache_BSC.stride()[1:] == (cache_BSC.shape[2], 1), "cache rows are not contiguous")
+    _need(rows.dtype == torch.int32 and chosen.counts.dtype == torch.int32, "rows and counts are int32")
+    q_NHq, turns_Nr = q_NHq.contiguous(), turns_Nr.contiguous()
+    out = torch.empty(count, heads, value, dtype=q_NHq.dtype)
+    slots = chosen.slots
+    _cpu.attend(
+        kv_b.handle, q_NHq.data_ptr(), q_NHq.dtype == torch.bfloat16, turns_Nr.data_ptr(),
+        cache_BSC.data_ptr(), cache_BSC.dtype == torch.bfloat16,
+        cache_BSC.stride(0) * cache_BSC.element_size(), out.data_ptr(), count, heads, nope, rotary, value,
+        rows.data_ptr(), 0 if slots is None else slots.data_ptr(), chosen.counts.data_ptr(),
+        0 if slots is None else slots.shape[1], scale,
+    )  # fmt: skip
+    return out
+
+
+def select(
+    q_NHd: Tensor, turns_Nr: Tensor, weights_NH: Tensor, cache_BSd: Tensor, rows: Tensor, topk: int,
+    visible_NS: Tensor | None = None,
+) -> Slots:  # fmt: skip
+    """The topk slots of largest index score; equal scores: the lowest slot. S > topk.
+
+    q: [N, H, d] with H 16, 32 or 64, not yet rotated. weights: fp32 [N, H], scaled.
+    visible: bool [N, S]; None = every slot.
+    """
+    count, heads, width = q_NHd.shape
+    keys = cache_BSd.shape[1]
+    _need(heads in INDEX_HEADS and width % 16 == 0 and width <= 256, "index heads of this shape")
+    _need(cache_BSd.stride()[1:] == (width, 1), "cache rows are not contiguous")
+    _need(weights_NH.dtype == torch.float32 and weights_NH.is_contiguous(), "weights are fp32")
+    q_NHd, turns_Nr = q_NHd.contiguous(), turns_Nr.contiguous()
+    slots = torch.empty(count, topk, dtype=torch.int32)
+    counts = torch.empty(count, dtype=torch.int32)
+    if visible_NS is not None:
+        visible_NS = visible_NS.contiguous()
+        _need(visible_NS.shape == (count, keys) and visible_NS.dtype == torch.bool, "visible is bool [N, S]")
+    _cpu.select(
+        q_NHd.data_ptr(), q_NHd.dtype == torch.bfloat16, turns_Nr.data_ptr(), weights_NH.data_ptr(),
+        cache_BSd.data_ptr(), cache_BSd.dtype == torch.bfloat16,
+        cache_BSd.stride(0) * cache_BSd.element_size(), count, heads, width, 2 * turns_Nr.shape[1], keys, topk,
+        rows.data_ptr(), 0 if visible_NS is None else visible_NS.data_ptr(), slots.data_ptr(),
+        counts.data_ptr(),
+    )  # fmt: skip
+    return Slots(slots, counts)
 
 
 class Rounded(NamedTuple):

@@ -1,6 +1,7 @@
 // Included once for each instruction set, with GLM5_ISA set and its flags on.
 #include <atomic>
 
+#include "attention.h"
 #include "ceilings.h"
 #include "layers.h"
 #include "rounding.h"
@@ -8,6 +9,6 @@
 namespace glm5 {
 namespace GLM5_ISA {
 extern const Table functions;
-const Table functions = {GLM5_ISA_NAME, linear, moe, round_weights, read_all, spin_products};
+const Table functions = {GLM5_ISA_NAME, linear, moe, attend, select, round_weights, read_all, spin_products};
 }  // namespace GLM5_ISA
 }  // namespace glm5

@@ -58,6 +58,34 @@ void run_moe(const MoeLayer& layer, uintptr_t x, bool x_bf16, int count, uintptr
   table().moe(call);
 }
 
+void run_attend(const Matrix& kv_b, uintptr_t q, bool bf16, uintptr_t turns, uintptr_t cache, bool cache_bf16, size_t cache_row_bytes,
+                uintptr_t out, int count, int heads, int nope, int rotary, int value, uintptr_t cache_rows, uintptr_t slots,
+                uintptr_t counts, int max_slots, float scale) {
+  AttendCall call;
+  call.kv_b = &kv_b;
+  call.q = at<const void>(q), call.bf16 = bf16, call.turns = at<const float>(turns);
+  call.cache = at<const void>(cache), call.cache_bf16 = cache_bf16, call.cache_row_bytes = cache_row_bytes;
+  call.out = at<void>(out);
+  call.count = count, call.heads = heads, call.nope = nope, call.rotary = rotary, call.latent = kv_b.cols, call.value = value;
+  call.cache_rows = at<const int32_t>(cache_rows), call.slots = at<const int32_t>(slots);
+  call.counts = at<const int32_t>(counts), call.max_slots = max_slots, call.scale = scale;
+  nb::gil_scoped_release release;
+  table().attend(call);
+}
+
+void run_select(uintptr_t q, bool bf16, uintptr_t turns, uintptr_t weights, uintptr_t cache, bool bf16_cache, size_t cache_row_bytes,
+                int count, int heads, int width, int rotary, int keys, int topk, uintptr_t cache_rows, uintptr_t visible,
+                uintptr_t slots, uintptr_t counts) {
+  SelectCall call;
+  call.q = at<const void>(q), call.bf16 = bf16, call.turns = at<const float>(turns), call.weights = at<const float>(weights);
+  call.cache = at<const void>(cache), call.bf16_cache = bf16_cache, call.cache_row_bytes = cache_row_bytes;
+  call.count = count, call.heads = heads, call.width = width, call.rotary = rotary, call.keys = keys, call.topk = topk;
+  call.cache_rows = at<const int32_t>(cache_rows), call.visible = at<const uint8_t>(visible);
+  call.slots = at<int32_t>(slots), call.counts = at<int32_t>(counts);
+  nb::gil_scoped_release release;
+  table().select(call);
+}
+
 nb::tuple run_round(uintptr_t weights, int dtype, int rows, int cols, int group, int bits, uintptr_t importance, bool search,
                     uintptr_t codes, uintptr_t scales) {
   double error = 0, energy = 0;
@@ -99,6 +127,8 @@ NB_MODULE(_cpu, m) {
       });
   m.def("linear", &run_linear);
   m.def("moe", &run_moe);
+  m.def("attend", &run_attend);
+  m.def("select", &run_select);
   m.def("round_weights", &run_round);
   m.def("read_all", [](uintptr_t data, size_t bytes) {
     nb::gil_scoped_release release;

@@ -63,6 +63,38 @@ struct MoeCall {
   int* chosen_ids = nullptr;  // where to tell what the router chose
 };
 
+// Absorbed MLA attention of `count` queries; each has its row of the cache and its slots.
+struct AttendCall {
+  const Matrix* kv_b = nullptr;  // [heads * (nope + value), latent]
+  const void* q = nullptr;       // [count, heads, nope + rotary], not yet rotated
+  const float* turns = nullptr;  // [count, rotary / 2] of cos, sin
+  const void* cache = nullptr;   // [rows, capacity, latent + rotary]
+  void* out = nullptr;           // [count, heads, value]
+  bool bf16 = false, cache_bf16 = false;  // q and out; cache
+  int count = 0, heads = 0, nope = 0, rotary = 0, latent = 0, value = 0;
+  size_t cache_row_bytes = 0;
+  const int32_t* cache_rows = nullptr;  // [count]
+  const int32_t* slots = nullptr;       // [count, max_slots] rising; null = 0, 1, 2, ...
+  const int32_t* counts = nullptr;      // [count]: how many slots count
+  int max_slots = 0;
+  float scale = 1;
+};
+
+// DSA's choice: the topk slots of largest index score for each query.
+struct SelectCall {
+  const void* q = nullptr;          // [count, heads, width], not yet rotated; heads 16, 32 or 64
+  const float* turns = nullptr;     // [count, rotary / 2] of cos, sin, for the first dims
+  const float* weights = nullptr;   // [count, heads], scaled
+  const void* cache = nullptr;      // [rows, capacity, width]
+  bool bf16 = false, bf16_cache = false;
+  int count = 0, heads = 0, width = 0, rotary = 0, keys = 0, topk = 0;
+  size_t cache_row_bytes = 0;
+  const int32_t* cache_rows = nullptr;
+  const uint8_t* visible = nullptr;  // [count, keys]; null = every key
+  int32_t* slots = nullptr;          // [count, topk]
+  int32_t* counts = nullptr;         // [count]
+};
+
 struct RoundCall {
   const void* weights = nullptr;  // [rows, cols], finite
   Codes dtype = Codes::f32;       // bf16, f16 or f32
@@ -79,6 +111,8 @@ struct Table {
   const char* name;
   void (*linear)(const LinearCall&);
   void (*moe)(const MoeCall&);
+  void (*attend)(const AttendCall&);
+  void (*select)(const SelectCall&);
   void (*round_weights)(const RoundCall&);
   uint64_t (*read_all)(const uint8_t* data, size_t bytes);
   double (*spin_products)(int rounds);

@@ -355,6 +355,26 @@ inline F32x16 last_weights(const Matrix& m, const uint8_t* row, int r, int k) {
   return load16(values);
 }
 
+// A whole row of weights as floats.
+template <Codes C>
+void weight_row_of(const Matrix& m, int r, float* out) {
+  const uint8_t* row = m.data + static_cast<size_t>(r) * m.row_bytes();
+  int k = 0;
+  for (; k + 16 <= m.cols; k += 16) store16(out + k, weights16<C>(m, row, r, k));
+  if (k < m.cols) store16(out + k, last_weights<C>(m, row, r, k), m.cols - k);
+}
+
+inline void weight_row(const Matrix& m, int r, float* out) {
+  switch (m.codes) {
+    case Codes::bf16: return weight_row_of<Codes::bf16>(m, r, out);
+    case Codes::f16: return weight_row_of<Codes::f16>(m, r, out);
+    case Codes::f32: return weight_row_of<Codes::f32>(m, r, out);
+    case Codes::e4m3: return weight_row_of<Codes::e4m3>(m, r, out);
+    case Codes::int4: return weight_row_of<Codes::int4>(m, r, out);
+    case Codes::int8: return weight_row_of<Codes::int8>(m, r, out);
+  }
+}
+
 template <Codes C, int R, int T>
 void float_tile(const Matrix& m, int row, const float* const* x, float* const* out) {
   F32x16 acc[R][T];

@@ -1,0 +1,133 @@
+"""MLA and its indexer on the native kernels, for few queries over a cache.
+
+The module is `MultiHeadLatentAttention` itself with another forward: where the kernels do not apply
+(a prompt, a GPU, gradients, other rotations) it falls back to the plain one.
+Letters: B rows, T queries, N = B T, S slots, H heads, C latent + rotary, K selected.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm5.kernels import cpu
+from glm5.kernels.modules import runs_natively
+from glm5.model.attention import MultiHeadLatentAttention
+from glm5.model.indexer import Selection
+from glm5.model.masks import Visibility
+from glm5.model.rotary import Rotation
+
+
+class SlotSelection(Selection):
+    """A selection known by its slots; the mask is made only when somebody asks for it."""
+
+    def __init__(self, chosen: cpu.Slots, batch: int, num_keys: int, topk: int) -> None:
+        self.chosen, self.topk = chosen, topk
+        self._shape = (batch, len(chosen.counts) // batch, num_keys)
+
+    @cached_property
+    def mask_BTS(self) -> Tensor:  # type: ignore[override]
+        batch, queries, keys = self._shape
+        slots = self.chosen.slots
+        assert slots is not None
+        mask = torch.zeros(batch * queries, keys + 1, dtype=torch.bool)
+        valid = torch.arange(slots.shape[1]) < self.chosen.counts.unsqueeze(1)
+        mask.scatter_(1, torch.where(valid, slots.long(), keys), True)
+        return mask[:, :keys].view(self._shape)
+
+    @property
+    def slots_BTK(self) -> Tensor:
+        slots = self.chosen.slots
+        assert slots is not None
+        valid = torch.arange(slots.shape[1]) < self.chosen.counts.unsqueeze(1)
+        return torch.where(valid, slots.long(), -1).view(*self._shape[:2], -1)
+
+
+class NativeAttention(MultiHeadLatentAttention):
+    """MLA whose absorbed form, index scores and selection run in the native library."""
+
+    @classmethod
+    def of(cls, attention: MultiHeadLatentAttention) -> NativeAttention:
+        attention.__class__ = cls
+        assert isinstance(attention, NativeAttention)
+        return attention
+
+    @cached_property
+    def _kv_b(self) -> cpu.Matrix:
+        return cpu.Matrix(self.kv_b_proj.weight.detach())
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        angles: Rotation,
+        visible: Visibility,
+        cache: Any | None = None,
+        selection: Selection | None = None,
+    ) -> tuple[Tensor, Selection | None]:
+        if cache is None or not self._applies(x_BTD, visible) or self.record_input:
+            return super().forward(x_BTD, angles, visible, cache, selection)
+        batch, queries, _ = x_BTD.shape
+        q_latent = None if self.q_a_proj is None else self.query_latent(x_BTD)
+        q = self.q_proj(x_BTD) if q_latent is None else self.q_b_proj(q_latent)
+        latents_BSC = cache.append_latents(self._latents(x_BTD, angles))
+        turns = angles.turns.expand(batch, queries, -1).reshape(batch * queries, -1)
+        rows = torch.arange(batch, dtype=torch.int32).repeat_interleave(queries)
+        if self.indexer is not None:
+            assert q_latent is not None
+            selection = self._select(x_BTD, q_latent, angles, turns, rows, visible, cache)
+        chosen = _slots(selection, visible, batch, queries)
+        out = cpu.attend(
+            q.view(batch * queries, self.num_heads, -1), self._kv_b, turns, latents_BSC, rows, chosen,
+            nope=self.nope_dim, value=self.value_dim, scale=self.scale,
+        )  # fmt: skip
+        return self.o_proj(out.view(batch, queries, -1)), selection
+
+    def _applies(self, x_BTD: Tensor, visible: Visibility) -> bool:
+        widths = (self.latent_dim, self.latent_dim + self.rotary_dim)
+        fits = self.interleaved and all(width % 16 == 0 for width in widths)
+        few = self._absorbed_is_cheaper(x_BTD.shape[1], visible.num_keys)
+        return runs_natively(x_BTD) and self.kv_b_proj.weight.device.type == "cpu" and fits and few
+
+    def _select(
+        self, x_BTD: Tensor, q_latent: Tensor, angles: Rotation, turns: Tensor, rows: Tensor,
+        visible: Visibility, cache: Any,
+    ) -> Selection | None:  # fmt: skip
+        indexer = self.indexer
+        assert indexer is not None
+        fits = indexer.interleaved and indexer.num_heads in cpu.INDEX_HEADS and indexer.head_dim % 16 == 0
+        if not fits or indexer.head_dim > 256:
+            return indexer(x_BTD, q_latent, angles, visible, cache)
+        batch, queries, _ = x_BTD.shape
+        keys_BSd = cache.append_index_keys(indexer.keys(x_BTD, angles))
+        num_keys = keys_BSd.shape[1]
+        if num_keys <= indexer.topk:
+            return None
+        q = indexer.wq_b(q_latent).view(batch * queries, indexer.num_heads, indexer.head_dim)
+        weights = indexer.weights_proj(x_BTD).float().view(batch * queries, indexer.num_heads)
+        weights = weights * (indexer.num_heads**-0.5 * indexer.head_dim**-0.5)
+        mask = None
+        if visible.mask_BTS is not None or visible.is_causal:
+            mask = visible.as_mask(queries, x_BTD.device).expand(batch, -1, -1).reshape(-1, num_keys)
+        chosen = cpu.select(q, turns, weights, keys_BSd, rows, indexer.topk, mask)
+        return SlotSelection(chosen, batch, num_keys, indexer.topk)
+
+
+def _slots(selection: Selection | None, visible: Visibility, batch: int, queries: int) -> cpu.Slots:
+    """What each query reads, as the kernels want it."""
+    if isinstance(selection, SlotSelection):
+        return selection.chosen
+    if selection is not None:
+        mask = selection.mask_BTS
+    elif visible.mask_BTS is None:
+        last = torch.arange(1, queries + 1) + (visible.num_keys - queries)
+        counts = last if visible.is_causal else torch.full((queries,), visible.num_keys)
+        return cpu.Slots(None, counts.repeat(batch).to(torch.int32))
+    else:
+        mask = visible.mask_BTS
+    mask = mask.expand(batch, -1, -1).reshape(batch * queries, -1)
+    counts = mask.sum(dim=1)
+    order = torch.argsort(~mask, dim=1, stable=True)[:, : int(counts.max())]
+    return cpu.Slots(order.to(torch.int32).contiguous(), counts.to(torch.int32))

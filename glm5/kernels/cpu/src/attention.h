@@ -1,0 +1,267 @@
+// MLA over its compressed cache for few queries, and DSA's index scores with their selection.
+//
+// Absorbed form: W_UK goes into the query and W_UV into the output, so that all heads read the same
+// cached row [latent | rotated key]. Softmax is taken online, 16 slots at a time in rising order;
+// a head's result depends on nothing but its query and its slots.
+#pragma once
+
+#include "layers.h"
+
+namespace glm5 {
+namespace GLM5_ISA {
+
+constexpr int kSlots = 16;
+
+// Interleaved rotation of x[2j], x[2j+1] by cos[j], sin[j].
+inline void rotate_pairs(float* x, const float* turns, int pairs) {
+  for (int j = 0; j < pairs; j++) {
+    const float a = x[2 * j], b = x[2 * j + 1], c = turns[2 * j], s = turns[2 * j + 1];
+    x[2 * j] = a * c - b * s;
+    x[2 * j + 1] = a * s + b * c;
+  }
+}
+
+// scores[h][s] = q[h] . rows[s], four heads by four slots in registers.
+inline void score_tile(const float* q, int heads, const float* rows, int width, float* scores) {
+  for (int h = 0; h < heads; h += 4) {
+    for (int s = 0; s < kSlots; s += 4) {
+      F32x16 acc[4][4];
+      each<16>([&](auto i) GLM5_INLINE { acc[i / 4][i % 4] = zero16(); });
+      for (int k = 0; k < width; k += 16) {
+        F32x16 row[4];
+        each<4>([&](auto j) GLM5_INLINE { row[j] = load16(rows + static_cast<size_t>(s + j) * width + k); });
+        each<4>([&](auto i) GLM5_INLINE {
+          const F32x16 query = load16(q + static_cast<size_t>(std::min<int>(h + i, heads - 1)) * width + k);
+          each<4>([&](auto j) GLM5_INLINE { acc[i][j] = fma(query, row[j], acc[i][j]); });
+        });
+      }
+      each<16>([&](auto i) GLM5_INLINE {
+        if (h + i / 4 < heads) scores[(h + i / 4) * kSlots + s + i % 4] = sum16(acc[i / 4][i % 4]);
+      });
+    }
+  }
+}
+
+// mixed[h] += sum_s weights[h][s] * rows[s], over the first `width` columns.
+inline void mix_tile(const float* weights, int heads, const float* rows, int stride, int width, float* mixed) {
+  for (int h = 0; h < heads; h += 4) {
+    const int count = std::min(4, heads - h);
+    for (int c = 0; c < width; c += 16) {
+      F32x16 acc[4];
+      each<4>([&](auto i) GLM5_INLINE { acc[i] = load16(mixed + static_cast<size_t>(h + std::min<int>(i, count - 1)) * width + c); });
+      for (int s = 0; s < kSlots; s++) {
+        const F32x16 row = load16(rows + static_cast<size_t>(s) * stride + c);
+        each<4>([&](auto i) GLM5_INLINE { acc[i] = fma(set16(weights[(h + std::min<int>(i, count - 1)) * kSlots + s]), row, acc[i]); });
+      }
+      each<4>([&](auto i) GLM5_INLINE { if (i < count) store16(mixed + static_cast<size_t>(h + i) * width + c, acc[i]); });
+    }
+  }
+}
+
+inline void attend_heads(const AttendCall& call, int t, int heads, const float* q, float* mixed) {
+  const int width = call.latent + call.rotary;
+  const int32_t* slots = call.slots ? call.slots + static_cast<size_t>(t) * call.max_slots : nullptr;
+  const int count = call.counts[t];
+  const char* cache = static_cast<const char*>(call.cache) + call.cache_rows[t] * call.cache_row_bytes;
+  static thread_local std::vector<float> buffer;
+  float* rows = scratch(buffer, static_cast<size_t>(kSlots) * width + static_cast<size_t>(heads) * (kSlots + 2));
+  float* scores = rows + static_cast<size_t>(kSlots) * width;
+  float* top = scores + static_cast<size_t>(heads) * kSlots;
+  float* total = top + heads;
+  for (int h = 0; h < heads; h++) top[h] = -INFINITY, total[h] = 0;
+  std::memset(mixed, 0, 4 * static_cast<size_t>(heads) * call.latent);
+  for (int s0 = 0; s0 < count; s0 += kSlots) {
+    const int here = std::min(kSlots, count - s0);
+    for (int s = 0; s < kSlots; s++) {
+      float* row = rows + static_cast<size_t>(s) * width;
+      if (s >= here) {
+        std::memset(row, 0, 4 * static_cast<size_t>(width));
+        continue;
+      }
+      const int slot = slots ? slots[s0 + s] : s0 + s;
+      widen(cache + static_cast<size_t>(slot) * width * (call.cache_bf16 ? 2 : 4), call.cache_bf16, row, width);
+    }
+    score_tile(q, heads, rows, width, scores);
+    for (int h = 0; h < heads; h++) {
+      float* line = scores + h * kSlots;
+      F32x16 values = load16(line) * set16(call.scale);
+      store16(line, values);
+      for (int s = here; s < kSlots; s++) line[s] = -INFINITY;
+      values = load16(line);
+      const float peak = top16(values);
+      if (peak > top[h]) {
+        const float shrink = top[h] == -INFINITY ? 0.0f : std::exp(top[h] - peak);
+        total[h] *= shrink;
+        float* mine = mixed + static_cast<size_t>(h) * call.latent;
+        for (int c = 0; c < call.latent; c += 16) store16(mine + c, load16(mine + c) * set16(shrink));
+        top[h] = peak;
+      }
+      const F32x16 weights = exp16(values - set16(top[h]));
+      store16(line, weights);
+      for (int s = here; s < kSlots; s++) line[s] = 0;
+      total[h] += sum16(load16(line));
+    }
+    mix_tile(scores, heads, rows, width, call.latent, mixed);
+  }
+  for (int h = 0; h < heads; h++) {
+    float* mine = mixed + static_cast<size_t>(h) * call.latent;
+    const float factor = total[h] > 0 ? 1.0f / total[h] : 0.0f;
+    for (int c = 0; c < call.latent; c += 16) store16(mine + c, load16(mine + c) * set16(factor));
+  }
+}
+
+// out[t, h] = W_UV[h] softmax(q[t, h] . cache) cache; heads are the items.
+inline void attend(const AttendCall& call) {
+  const Matrix& w = *call.kv_b;
+  const int per_head = call.nope + call.value, width = call.latent + call.rotary, query = call.nope + call.rotary;
+  // Each item reads the cached rows once more: few large items where few threads share them.
+  const int together = std::max(1, std::min(16, (call.heads + 2 * threads() - 1) / (2 * threads())));
+  parallel((call.heads + together - 1) / together, [&](int item) {
+    const int h0 = item * together, heads = std::min(together, call.heads - h0);
+    static thread_local std::vector<float> buffer;
+    const size_t n = static_cast<size_t>(call.count) * heads;
+    float* q = scratch(buffer, n * width + n * query + static_cast<size_t>(heads) * (call.latent + call.value) + call.latent);
+    float* raw = q + n * width;
+    float* mixed = raw + n * query;
+    float* out = mixed + static_cast<size_t>(heads) * call.latent;
+    float* line = out + static_cast<size_t>(heads) * call.value;
+    for (int t = 0; t < call.count; t++) {
+      for (int h = 0; h < heads; h++) {
+        float* mine = raw + (static_cast<size_t>(t) * heads + h) * query;
+        const size_t at = (static_cast<size_t>(t) * call.heads + h0 + h) * query;
+        widen(static_cast<const char*>(call.q) + at * (call.bf16 ? 2 : 4), call.bf16, mine, query);
+        rotate_pairs(mine + call.nope, call.turns + static_cast<size_t>(t) * call.rotary, call.rotary / 2);
+        float* full = q + (static_cast<size_t>(t) * heads + h) * width;
+        std::memset(full, 0, 4 * static_cast<size_t>(call.latent));
+        std::memcpy(full + call.latent, mine + call.nope, 4 * static_cast<size_t>(call.rotary));
+      }
+    }
+    // q W_UK: a row of the matrix at a time, for every query.
+    for (int h = 0; h < heads; h++) {
+      for (int i = 0; i < call.nope; i++) {
+        const int row = (h0 + h) * per_head + i;
+        weight_row(w, row, line);
+        for (int t = 0; t < call.count; t++)
+          add_scaled(q + (static_cast<size_t>(t) * heads + h) * width, line, raw[(static_cast<size_t>(t) * heads + h) * query + i], call.latent);
+      }
+    }
+    for (int t = 0; t < call.count; t++) {
+      attend_heads(call, t, heads, q + static_cast<size_t>(t) * heads * width, mixed);
+      for (int h = 0; h < heads; h++) {
+        const int row = (h0 + h) * per_head + call.nope;
+        const int zero = 0;
+        float_product(w, row, row + call.value, mixed + static_cast<size_t>(h) * call.latent, 0, &zero, 1, out, 0);
+        const size_t at = (static_cast<size_t>(t) * call.heads + h0 + h) * call.value;
+        narrow(out, static_cast<char*>(call.out) + at * (call.bf16 ? 2 : 4), call.bf16, call.value);
+      }
+    }
+  });
+}
+
+// ---------------------------------------------------------------- the indexer
+
+// scores[s] = sum_h weight[h] relu(q[h] . key[s]); heads run along the lanes.
+template <int V>  // heads / 16
+void index_scores(const float* turned, const float* weights, const float* keys, int count, int width, float* scores) {
+  constexpr int kTogether = V == 2 ? 8 : 4;
+  for (int s = 0; s < count; s += kTogether) {
+    F32x16 acc[kTogether][V];
+    const float* key[kTogether];
+    each<kTogether>([&](auto i) GLM5_INLINE {
+      key[i] = keys + static_cast<size_t>(std::min<int>(s + i, count - 1)) * width;
+      each<V>([&](auto v) GLM5_INLINE { acc[i][v] = zero16(); });
+    });
+    for (int d = 0; d < width; d++) {
+      F32x16 q[V];
+      each<V>([&](auto v) GLM5_INLINE { q[v] = load16(turned + (static_cast<size_t>(d) * V + v) * 16); });
+      each<kTogether>([&](auto i) GLM5_INLINE {
+        const F32x16 value = set16(key[i][d]);
+        each<V>([&](auto v) GLM5_INLINE { acc[i][v] = fma(value, q[v], acc[i][v]); });
+      });
+    }
+    each<kTogether>([&](auto i) GLM5_INLINE {
+      if (s + i >= count) return;
+      F32x16 sum = zero16();
+      each<V>([&](auto v) GLM5_INLINE { sum = fma(max16(acc[i][v], zero16()), load16(weights + 16 * v), sum); });
+      scores[s + i] = sum16(sum);
+    });
+  }
+}
+
+inline uint32_t rank_of(float value) {  // larger floats, larger ranks; -0 counts as 0
+  uint32_t bits;
+  value += 0.0f;
+  std::memcpy(&bits, &value, 4);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// The topk largest of scores[count] in rising slots; ties go to the lowest slot. -inf never counts.
+inline int select_slots(const float* scores, int count, int topk, int32_t* slots) {
+  const uint32_t nothing = rank_of(-INFINITY);
+  uint32_t prefix = 0;
+  int wanted = topk;
+  bool all = false;
+  int usable = 0;
+  for (int i = 0; i < count; i++) usable += rank_of(scores[i]) > nothing;
+  if (usable <= topk) all = true;
+  for (int shift = 24; shift >= 0 && !all; shift -= 8) {
+    int histogram[256] = {};
+    const uint32_t mask = shift == 24 ? 0 : ~0u << (shift + 8);
+    for (int i = 0; i < count; i++) {
+      const uint32_t rank = rank_of(scores[i]);
+      if ((rank & mask) == prefix) histogram[rank >> shift & 255]++;
+    }
+    int bucket = 255;
+    while (wanted > histogram[bucket]) wanted -= histogram[bucket--];
+    prefix |= static_cast<uint32_t>(bucket) << shift;
+  }
+  int n = 0;
+  for (int i = 0; i < count; i++) {
+    const uint32_t rank = rank_of(scores[i]);
+    if (all ? rank > nothing : rank > prefix || (rank == prefix && wanted-- > 0)) slots[n++] = i;
+  }
+  return n;
+}
+
+inline void select(const SelectCall& call) {
+  const int vectors = call.heads / 16;
+  constexpr int kBand = 1024;
+  static thread_local std::vector<float> score_store, turned_store;
+  float* scores = scratch(score_store, static_cast<size_t>(call.count) * call.keys);
+  float* turned = scratch(turned_store, static_cast<size_t>(call.count) * call.width * call.heads);
+  for (int t = 0; t < call.count; t++)
+    for (int h = 0; h < call.heads; h++) {
+      float one[256];
+      const size_t at = (static_cast<size_t>(t) * call.heads + h) * call.width;
+      widen(static_cast<const char*>(call.q) + at * (call.bf16 ? 2 : 4), call.bf16, one, call.width);
+      rotate_pairs(one, call.turns + static_cast<size_t>(t) * call.rotary, call.rotary / 2);
+      for (int d = 0; d < call.width; d++) turned[(static_cast<size_t>(t) * call.width + d) * call.heads + h] = one[d];
+    }
+  const int bands = (call.keys + kBand - 1) / kBand;
+  parallel(bands * call.count, [&](int item) {
+    const int t = item / bands, first = item % bands * kBand, count = std::min(kBand, call.keys - first);
+    static thread_local std::vector<float> buffer;
+    float* keys = scratch(buffer, static_cast<size_t>(64) * call.width);
+    float* mine = scores + static_cast<size_t>(t) * call.keys + first;
+    const char* from = static_cast<const char*>(call.cache) + call.cache_rows[t] * call.cache_row_bytes;
+    for (int s = 0; s < count; s += 64) {
+      const int here = std::min(64, count - s);
+      widen(from + static_cast<size_t>(first + s) * call.width * (call.bf16_cache ? 2 : 4), call.bf16_cache, keys, here * call.width);
+      const float* q = turned + static_cast<size_t>(t) * call.width * call.heads;
+      const float* weights = call.weights + static_cast<size_t>(t) * call.heads;
+      if (vectors == 2) index_scores<2>(q, weights, keys, here, call.width, mine + s);
+      else if (vectors == 4) index_scores<4>(q, weights, keys, here, call.width, mine + s);
+      else index_scores<1>(q, weights, keys, here, call.width, mine + s);
+    }
+    if (call.visible) {
+      const uint8_t* visible = call.visible + static_cast<size_t>(t) * call.keys + first;
+      for (int s = 0; s < count; s++) if (!visible[s]) mine[s] = -INFINITY;
+    }
+  });
+  parallel(call.count, [&](int t) {
+    call.counts[t] = select_slots(scores + static_cast<size_t>(t) * call.keys, call.keys, call.topk, call.slots + static_cast<size_t>(t) * call.topk);
+  });
+}
+
+}  // namespace GLM5_ISA
+}  // namespace glm5
