@@ -61,8 +61,10 @@ inline void take_inputs(Inputs& in, const void* x, bool is_bf16, int count, int 
   });
 }
 
-inline void product(const Matrix& m, bool exact, int r0, int r1, const Inputs& in, const int* picks, int count, float* out, size_t ldo) {
-  if (by_integers(m, exact)) integer_product(m, r0, r1, in.integers(m), picks, count, out, ldo);
+inline const uint8_t* row_of(const Matrix& m, int row) { return m.data + static_cast<size_t>(row) * m.row_bytes(); }
+
+inline void product(const Matrix& m, bool exact, int r0, int r1, const Inputs& in, const int* picks, int count, float* out, size_t ldo, const uint8_t* after) {
+  if (by_integers(m, exact)) integer_product(m, r0, r1, in.integers(m), picks, count, out, ldo, after);
   else float_product(m, r0, r1, in.floats.data(), static_cast<size_t>(in.cols), picks, count, out, ldo);
 }
 
@@ -89,7 +91,7 @@ inline void linear(const LinearCall& call) {
     const Matrix& m = *to.matrix;
     const int r0 = band * kItemRows, r1 = std::min(m.rows, r0 + kItemRows), rows = r1 - r0;
     float sums[kItemRows * kItemTokens];
-    product(m, call.exact, r0, r1, shared, counting(call.count) + t0, t1 - t0, sums, kItemRows);
+    product(m, call.exact, r0, r1, shared, counting(call.count) + t0, t1 - t0, sums, kItemRows, row_of(m, r1));
     for (int t = t0; t < t1; t++) {
       float* row = sums + static_cast<size_t>(t - t0) * kItemRows;
       if (to.bias) for (int r = 0; r < rows; r++) row[r] += to.bias[r0 + r];
@@ -196,8 +198,9 @@ inline void moe(const MoeCall& call) {
       float_product(layer.router.weight, r0, std::min(experts, r0 + 32), in.floats.data(), static_cast<size_t>(layer.hidden),
                     counting(count) + t0, std::min(64, count - t0), logits + static_cast<size_t>(t0) * experts + r0, static_cast<size_t>(experts));
     });
-    for (int t = 0; t < count; t++)
+    parallel_runs(count, [&](int t) {
       choose_experts(layer.router, logits + static_cast<size_t>(t) * experts, chosen + static_cast<size_t>(t) * topk, weighed + static_cast<size_t>(t) * topk);
+    });
     ids = chosen, weights = weighed;
   }
   std::vector<int> load(static_cast<size_t>(experts) + 1, 0), place(static_cast<size_t>(experts), -1);
@@ -252,8 +255,10 @@ inline void moe(const MoeCall& call) {
     const Feed& feed = feeds[static_cast<size_t>(item.feed)];
     const int kind = static_cast<size_t>(item.feed) < routed ? 0 : 1, rows = item.r1 - item.r0;
     float gate[kItemRows * kItemTokens], up[kItemRows * kItemTokens];
-    product(feed.expert->gate, call.exact, item.r0, item.r1, in, feed.tokens.data() + item.t0, item.t1 - item.t0, gate, kItemRows);
-    product(feed.expert->up, call.exact, item.r0, item.r1, in, feed.tokens.data() + item.t0, item.t1 - item.t0, up, kItemRows);
+    product(feed.expert->gate, call.exact, item.r0, item.r1, in, feed.tokens.data() + item.t0, item.t1 - item.t0, gate, kItemRows,
+            row_of(feed.expert->up, item.r0));
+    product(feed.expert->up, call.exact, item.r0, item.r1, in, feed.tokens.data() + item.t0, item.t1 - item.t0, up, kItemRows,
+            row_of(feed.expert->gate, item.r1));
     const Matrix& down = feed.expert->down;
     const bool integers = by_integers(down, call.exact);
     QuantisedRows& to = down.codes == Codes::int4 ? acts4[kind] : acts8[kind];
@@ -287,7 +292,8 @@ inline void moe(const MoeCall& call) {
       const Matrix& down = feed.expert->down;
       const int* picks = counting(feed.first + from + n) + feed.first + from;
       if (!by_integers(down, call.exact)) float_product(down, r0, r1, acts[kind].data(), static_cast<size_t>(down.cols), picks, n, sums, kItemRows);
-      else integer_product(down, r0, r1, down.codes == Codes::int4 ? acts4[kind] : acts8[kind], picks, n, sums, kItemRows);
+      else integer_product(down, r0, r1, down.codes == Codes::int4 ? acts4[kind] : acts8[kind], picks, n, sums, kItemRows,
+                           row_of(f + 1 < used ? feeds[f + 1].expert->down : down, f + 1 < used ? r0 : r1));
       for (int t = 0; t < n; t++)
         add_scaled(total + static_cast<size_t>(feed.tokens[static_cast<size_t>(from + t)] - t0) * kItemRows, sums + static_cast<size_t>(t) * kItemRows,
                    feed.weights[static_cast<size_t>(from + t)], rows);

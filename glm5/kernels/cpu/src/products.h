@@ -18,8 +18,7 @@ constexpr int kTile = 12;  // activation rows whose sums stay in registers with 
 #else
 constexpr int kTile = 2;
 #endif
-#define GLM5_D 8192
-#define GLM5_H 3
+constexpr size_t kAhead = 8192;  // bytes of weights fetched in advance
 constexpr int kPanel = 32;
 // From so many activation rows on, turning the weights to run along lanes pays.
 constexpr int kManyRows = 4;
@@ -79,47 +78,43 @@ GLM5_INLINE inline F32x16 block_scales(const Matrix& m, size_t row, int first, i
   return load16(repeated);
 }
 
-// Eight chunks of R weight rows with T activation rows, as float terms in block order: the weights
-// are read as R plain streams, which is what the machine's own prefetching is built for.
-template <Codes C, int Block, int R, int T, bool Whole>
-GLM5_INLINE inline void eight_chunks(const uint8_t* const (&from)[R], int bytes, const int8_t* const (&acts)[T],
-                                     const int32_t* const (&offsets)[T], const float* const (&act_scales)[T],
-                                     const Matrix& m, size_t row, int first, int repeat, float* terms, size_t stride) {
+// Eight chunks of a weight row with T activation rows, as float terms in block order. Reading a row
+// as one plain stream is what the machine's own prefetching is built for.
+template <Codes C, int Block, int T, bool Whole>
+GLM5_INLINE inline void eight_chunks(const uint8_t* from, int bytes, const int8_t* const (&acts)[T], const int32_t* const (&offsets)[T],
+                                     const float* const (&act_scales)[T], const Matrix& m, size_t row, int first, int repeat, float* terms,
+                                     size_t stride) {
   constexpr int kChunk = C == Codes::int4 ? 128 : 64;  // columns in 64 bytes of weights
   constexpr int kBlocks = kChunk / Block;              // 1, 2 or 4
   constexpr int kVectors = (8 * kBlocks + 15) / 16;    // of 16 blocks
-  I32x16 acc[R][T][8];
+  I32x16 acc[T][8];
   each<8>([&](auto c) GLM5_INLINE {
-    each<R>([&](auto r) GLM5_INLINE {
-      __builtin_prefetch(from[r] + 64 * c + GLM5_D, 0, GLM5_H);
-      const Bytes64 w = Whole ? load64(from[r] + 64 * c) : load64(from[r] + 64 * c, std::max(0, bytes - 64 * c));
-      each<T>([&](auto t) GLM5_INLINE {
-        if (!Whole && bytes <= 64 * c) {
-          acc[r][t][c] = zero_int16();
-        } else if constexpr (C == Codes::int4) {
-          acc[r][t][c] = dot_nibbles(zero_int16(), low_nibbles(w), load64(acts[t] + kChunk * c));
-          acc[r][t][c] = dot_nibbles(acc[r][t][c], high_nibbles(w), load64(acts[t] + kChunk * c + 64));
-        } else {
-          acc[r][t][c] = dot_bytes(zero_int16(), w, load64(acts[t] + kChunk * c));
-        }
-      });
+    if constexpr (Whole) __builtin_prefetch(from + 64 * c + kAhead, 0, 3);
+    const Bytes64 w = Whole ? load64(from + 64 * c) : load64(from + 64 * c, std::max(0, bytes - 64 * c));
+    each<T>([&](auto t) GLM5_INLINE {
+      if (!Whole && bytes <= 64 * c) {
+        acc[t][c] = zero_int16();
+      } else if constexpr (C == Codes::int4) {
+        acc[t][c] = dot_nibbles(zero_int16(), low_nibbles(w), load64(acts[t] + kChunk * c));
+        acc[t][c] = dot_nibbles(acc[t][c], high_nibbles(w), load64(acts[t] + kChunk * c + 64));
+      } else {
+        acc[t][c] = dot_bytes(zero_int16(), w, load64(acts[t] + kChunk * c));
+      }
     });
   });
-  each<R>([&](auto r) GLM5_INLINE {
-    F32x16 scales[kVectors];
-    each<kVectors>([&](auto v) GLM5_INLINE { scales[v] = block_scales(m, row + r, first + 16 * v, repeat); });
-    each<T>([&](auto t) GLM5_INLINE {
-      I32x8 q[4];
-      sum_quarters(acc[r][t], q);
-      I32x16 sums[2];
-      if constexpr (kBlocks == 4) interleave4(q, sums);
-      if constexpr (kBlocks == 2) sums[0] = interleave2(add8(q[0], q[1]), add8(q[2], q[3]));
-      if constexpr (kBlocks == 1) sums[0] = widen8(add8(add8(q[0], q[1]), add8(q[2], q[3])));
-      each<kVectors>([&](auto v) GLM5_INLINE {
-        const F32x16 exact = to_float(add16(sums[v], load_int16(offsets[t] + first + 16 * v)));
-        store16(terms + (static_cast<size_t>(t) * 16 + r) * stride + static_cast<size_t>(first + 16 * v),
-                exact * (scales[v] * load16(act_scales[t] + first + 16 * v)));
-      });
+  F32x16 scales[kVectors];
+  each<kVectors>([&](auto v) GLM5_INLINE { scales[v] = block_scales(m, row, first + 16 * v, repeat); });
+  each<T>([&](auto t) GLM5_INLINE {
+    I32x8 q[4];
+    sum_quarters(acc[t], q);
+    I32x16 sums[2];
+    if constexpr (kBlocks == 4) interleave4(q, sums);
+    if constexpr (kBlocks == 2) sums[0] = interleave2(add8(q[0], q[1]), add8(q[2], q[3]));
+    if constexpr (kBlocks == 1) sums[0] = widen8(add8(add8(q[0], q[1]), add8(q[2], q[3])));
+    each<kVectors>([&](auto v) GLM5_INLINE {
+      const F32x16 exact = to_float(add16(sums[v], load_int16(offsets[t] + first + 16 * v)));
+      store16(terms + static_cast<size_t>(t) * 16 * stride + static_cast<size_t>(first + 16 * v),
+              exact * (scales[v] * load16(act_scales[t] + first + 16 * v)));
     });
   });
 }
@@ -128,10 +123,11 @@ template <Codes C, int Block, int T>
 void few_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int* picks, float* out, size_t ldo) {
   constexpr int kChunk = C == Codes::int4 ? 128 : 64;
   constexpr int kBlocks = kChunk / Block;
-  constexpr int R = 1;
   const size_t row_bytes = m.row_bytes();
   const int blocks = x.blocks(), repeat = std::max(1, std::min(m.group, m.cols) / Block);
   const size_t stride = static_cast<size_t>((blocks + 31) / 16 * 16);
+  // Where only whole steps are left; the rest of a row goes the careful way.
+  const int whole_steps = std::min(static_cast<int>(row_bytes / 512), blocks / (8 * kBlocks));
   static thread_local std::vector<float> buffer;
   float* terms = scratch(buffer, stride * 16 * T);
   const int32_t* offsets[T];
@@ -140,34 +136,28 @@ void few_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int
 
   for (int row = r0; row < r1; row += 16) {
     const int rows = std::min(16, r1 - row);
-    for (int r = 0; r < rows; r += R) {
-      const uint8_t* from[R];
-      const int8_t* acts[T];
-      // An odd last row is read twice rather than past the end; its second result is never used.
-      const int at_row = row + std::max(0, std::min(r, rows - R));
-      const bool alone = R == 2 && rows == 1;
-      each<R>([&](auto i) GLM5_INLINE { from[i] = m.data + static_cast<size_t>(at_row + (alone ? 0 : i)) * row_bytes; });
-      each<T>([&](auto t) GLM5_INLINE { acts[t] = x.row(picks[t]); });
-      float* to = terms + static_cast<size_t>(at_row - row) * stride;
-      int first = 0;
-      size_t at = 0;
-      if (!alone) {
-        for (; at + 512 <= row_bytes && first + 16 <= blocks; at += 512, first += 8 * kBlocks) {
-          eight_chunks<C, Block, R, T, true>(from, 512, acts, offsets, act_scales, m, static_cast<size_t>(at_row), first, repeat, to, stride);
-          each<R>([&](auto i) GLM5_INLINE { from[i] += 512; });
-          each<T>([&](auto t) GLM5_INLINE { acts[t] += 8 * kChunk; });
+    // Two rows far enough apart to be two streams: one alone leaves a fifth of the bandwidth.
+    for (int r = 0; r < std::min(8, rows); r++) {
+      const int pair = r + 8 < rows ? 2 : 1;
+      int step = 0;
+      for (; step < whole_steps; step++) {
+        const int8_t* acts[T];
+        each<T>([&](auto t) GLM5_INLINE { acts[t] = x.row(picks[t]) + static_cast<size_t>(step) * 8 * kChunk; });
+        for (int i = 0; i < pair; i++) {
+          const size_t at = static_cast<size_t>(row + r + 8 * i);
+          eight_chunks<C, Block, T, true>(m.data + at * row_bytes + static_cast<size_t>(step) * 512, 512, acts, offsets, act_scales, m, at,
+                                          step * 8 * kBlocks, repeat, terms + static_cast<size_t>(r + 8 * i) * stride, stride);
         }
       }
-      for (; at < row_bytes; at += 512, first += 8 * kBlocks) {
-        const int bytes = static_cast<int>(std::min<size_t>(512, row_bytes - at));
-        each<R>([&](auto i) GLM5_INLINE {
-          if (alone && i > 0) return;
-          const uint8_t* one[1] = {from[i]};
-          eight_chunks<C, Block, 1, T, false>(one, bytes, acts, offsets, act_scales, m, static_cast<size_t>(at_row + i), first, repeat,
-                                              to + static_cast<size_t>(i) * stride, stride);
-          from[i] += 512;
-        });
-        each<T>([&](auto t) GLM5_INLINE { acts[t] += 8 * kChunk; });
+      for (size_t done = static_cast<size_t>(step) * 512; done < row_bytes; done += 512, step++) {
+        const int8_t* acts[T];
+        each<T>([&](auto t) GLM5_INLINE { acts[t] = x.row(picks[t]) + static_cast<size_t>(step) * 8 * kChunk; });
+        const int bytes = static_cast<int>(std::min<size_t>(512, row_bytes - done));
+        for (int i = 0; i < pair; i++) {
+          const size_t at = static_cast<size_t>(row + r + 8 * i);
+          eight_chunks<C, Block, T, false>(m.data + at * row_bytes + done, bytes, acts, offsets, act_scales, m, at, step * 8 * kBlocks,
+                                           repeat, terms + static_cast<size_t>(r + 8 * i) * stride, stride);
+        }
       }
     }
     // Blocks in rising order, lanes along the rows.
@@ -204,9 +194,10 @@ inline void turn_panel(const Matrix& m, int row, int rows, uint8_t* panel) {
   }
 }
 
+// `next`: the bytes of the panel after this one, fetched meanwhile; null = fetched already.
 template <Codes C, int Block, int T>
 void panel_tile(const uint8_t* panel, const float* turned, int rows, const QuantisedRows& x, const int* picks,
-                float* out, size_t ldo) {
+                float* out, size_t ldo, const uint8_t* next) {
   constexpr int kColumns = C == Codes::int4 ? 8 : 4;  // columns in a word
   constexpr int kWords = Block / kColumns;
   const int blocks = x.blocks();
@@ -217,6 +208,7 @@ void panel_tile(const uint8_t* panel, const float* turned, int rows, const Quant
     I32x16 acc[T][2];
     each<T>([&](auto t) GLM5_INLINE { acc[t][0] = acc[t][1] = set_int16(x.offset(picks[t])[b]); });
     const uint8_t* words = panel + static_cast<size_t>(b) * kWords * 128;
+    if (next) each<kWords * 2>([&](auto i) GLM5_INLINE { __builtin_prefetch(next + static_cast<size_t>(b) * kWords * 128 + 64 * i, 0, 2); });
     const size_t column = static_cast<size_t>(b) * Block;
     size_t at = C == Codes::int4 ? column / 128 * 128 + column % 128 / 2 : column;
     for (int w = 0; w < kWords; w++, words += 128, at += 4) {
@@ -252,13 +244,13 @@ void panel_tile(const uint8_t* panel, const float* turned, int rows, const Quant
 
 template <Codes C, int Block, int T>
 void panel_tiles(int wanted, const uint8_t* panel, const float* turned, int rows, const QuantisedRows& x,
-                 const int* picks, float* out, size_t ldo) {
-  if (wanted == T) return panel_tile<C, Block, T>(panel, turned, rows, x, picks, out, ldo);
-  if constexpr (T > 1) panel_tiles<C, Block, T - 1>(wanted, panel, turned, rows, x, picks, out, ldo);
+                 const int* picks, float* out, size_t ldo, const uint8_t* next) {
+  if (wanted == T) return panel_tile<C, Block, T>(panel, turned, rows, x, picks, out, ldo, next);
+  if constexpr (T > 1) panel_tiles<C, Block, T - 1>(wanted, panel, turned, rows, x, picks, out, ldo, next);
 }
 
 template <Codes C, int Block>
-void many_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int* picks, int count, float* out, size_t ldo) {
+void many_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int* picks, int count, float* out, size_t ldo, const uint8_t* after) {
   static thread_local std::vector<uint8_t> panel_buffer;
   static thread_local std::vector<float> scale_buffer;
   const size_t padded = (m.row_bytes() + 63) / 64 * 64;
@@ -269,34 +261,36 @@ void many_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const in
     turn_panel(m, row, rows, panel);
     turn_scales(m, row, std::min(16, rows), Block, turned, kPanel);
     turn_scales(m, row + std::min(16, rows - 1), std::max(1, rows - 16), Block, turned + 16, kPanel);
+    const uint8_t* next = row + kPanel < r1 ? m.data + static_cast<size_t>(row + kPanel) * m.row_bytes() : after;
     int tiles = (count + kTile - 1) / kTile, done = 0;
     for (; tiles > 0; tiles--) {  // tiles of nearly one size
       const int size = (count - done + tiles - 1) / tiles;
       panel_tiles<C, Block, kTile>(size, panel, turned, rows, x, picks + done,
-                                   out + static_cast<size_t>(done) * ldo + static_cast<size_t>(row - r0), ldo);
+                                   out + static_cast<size_t>(done) * ldo + static_cast<size_t>(row - r0), ldo, done ? nullptr : next);
       done += size;
     }
   }
 }
 
 template <Codes C, int Block>
-void integer_product_of(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int* picks, int count, float* out, size_t ldo) {
-  if (count >= kManyRows) return many_rows<C, Block>(m, r0, r1, x, picks, count, out, ldo);
+void integer_product_of(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int* picks, int count, float* out, size_t ldo, const uint8_t* after) {
+  if (count >= kManyRows) return many_rows<C, Block>(m, r0, r1, x, picks, count, out, ldo, after);
   if (count == 3) return few_rows<C, Block, 3>(m, r0, r1, x, picks, out, ldo);
   if (count == 2) return few_rows<C, Block, 2>(m, r0, r1, x, picks, out, ldo);
   if (count == 1) few_rows<C, Block, 1>(m, r0, r1, x, picks, out, ldo);
 }
 
-// out[i * ldo + r - r0] = W[r] . x[picks[i]] for r in [r0, r1), i < count
-inline void integer_product(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int* picks, int count, float* out, size_t ldo) {
+// out[i * ldo + r - r0] = W[r] . x[picks[i]] for r in [r0, r1), i < count. `after`: weights that the
+// caller will read next (any address: it is only fetched, never read here).
+inline void integer_product(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int* picks, int count, float* out, size_t ldo, const uint8_t* after = nullptr) {
   if (r0 >= r1 || count <= 0) return;
   const bool four = m.codes == Codes::int4;
   if (x.block == 64) {
-    if (four) integer_product_of<Codes::int4, 64>(m, r0, r1, x, picks, count, out, ldo);
-    else integer_product_of<Codes::int8, 64>(m, r0, r1, x, picks, count, out, ldo);
+    if (four) integer_product_of<Codes::int4, 64>(m, r0, r1, x, picks, count, out, ldo, after);
+    else integer_product_of<Codes::int8, 64>(m, r0, r1, x, picks, count, out, ldo, after);
   } else {
-    if (four) integer_product_of<Codes::int4, 32>(m, r0, r1, x, picks, count, out, ldo);
-    else integer_product_of<Codes::int8, 32>(m, r0, r1, x, picks, count, out, ldo);
+    if (four) integer_product_of<Codes::int4, 32>(m, r0, r1, x, picks, count, out, ldo, after);
+    else integer_product_of<Codes::int8, 32>(m, r0, r1, x, picks, count, out, ldo, after);
   }
 }
 

@@ -1,0 +1,219 @@
+"""How near decoding comes to the memory bus, on a random slice at GLM-5's width, beside llama.cpp.
+
+    python benchmarks/decode.py [--quick] [--llama-bench PATH] [--moe-layers N] [--threads N]
+
+Every figure stands beside the memory read rate measured between its own repetitions. Bytes are
+counted from the experts that ran. `--llama-bench` names the program; without it `vs_llama_cpp` is
+null. The last line is JSON: expert_share, step_share, vs_llama_cpp, context_growth_2k_128k.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from glm5_slice import GIGA, random_slice, step_bytes, write_gguf
+
+from glm5.kernels import _cpu, cpu
+from glm5.kernels.modules import PackedExperts, PackedMixture
+from glm5.model.transformer import GlmForCausalLM
+from glm5.runtime.cache import Cache
+
+CONTEXTS = (2048, 8192, 32768, 131072)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, contexts up to 32K")
+    parser.add_argument("--llama-bench", type=Path)
+    parser.add_argument("--moe-layers", type=int, default=1, help="5.2 GB each")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    repeats = 8 if arguments.quick else 24
+    torch.set_num_threads(1)  # PyTorch's own threads would wait, awake, on our cores
+    cpu.set_threads(arguments.threads)
+
+    llama = None
+    if arguments.llama_bench is not None:
+        llama = llama_rate(arguments.llama_bench, arguments.moe_layers, arguments.threads, arguments.quick)
+    model = random_slice(arguments.moe_layers)
+    with torch.inference_mode():
+        read, expert = expert_product(model, repeats)
+        step = whole_step(model, 2048, repeats)
+        curve = [context_step(model, context, repeats) for context in CONTEXTS[: 3 if arguments.quick else 4]]
+    report(read, expert, step, curve, llama, arguments.threads)
+
+
+def read_rate(model: GlmForCausalLM) -> float:
+    """GB/s of reading 512 MiB of expert weights once."""
+    weights = next(m for m in model.modules() if isinstance(m, PackedExperts)).bytes
+    size = min(weights.numel(), 1 << 29)
+    offset = (torch.randint(0, weights.numel() - size + 1, ()).item() // 4096) * 4096
+    started = time.perf_counter()
+    _cpu.read_all(weights.data_ptr() + int(offset), size)
+    return size / (time.perf_counter() - started) / GIGA
+
+
+def expert_product(model: GlmForCausalLM, repeats: int) -> tuple[float, float]:
+    """(read GB/s, GB/s of gate products over experts that are in no cache), medians, interleaved."""
+    experts = next(m for m in model.modules() if isinstance(m, PackedExperts))
+    x = torch.randn(1, experts.hidden)
+    reads, rates = [], []
+    for repeat in range(repeats):
+        reads.append(read_rate(model))
+        chosen = torch.randperm(experts.num_experts, generator=torch.Generator().manual_seed(repeat))[:24]
+        matrices = [experts.matrices(int(e))[0] for e in chosen]
+        started = time.perf_counter()
+        for matrix in matrices:
+            cpu.linear(x, matrix)
+        spent = time.perf_counter() - started
+        rates.append(sum(matrix.num_bytes for matrix in matrices) / spent / GIGA)
+    return statistics.median(reads), statistics.median(rates)
+
+
+class Step:
+    """One decoded token at a context: median seconds, bytes, share of the read rate beside it."""
+
+    def __init__(self, seconds: list[float], reads: list[float], size: float, distinct: float) -> None:
+        self.seconds = statistics.median(seconds)
+        self.read = statistics.median(reads)
+        self.size, self.distinct = size, distinct
+
+    @property
+    def share(self) -> float:
+        return self.size / self.seconds / GIGA / self.read
+
+
+def filled_cache(model: GlmForCausalLM, context: int) -> Cache:
+    cache = Cache(model.config, 1, context + 1, dtype=torch.bfloat16)
+    for layer in cache.layers:
+        for buffer in (layer._latents, layer._index_keys):
+            assert buffer is not None
+            buffer.normal_()
+    cache.length = context
+    cache._positions[0] = torch.arange(context + 1)
+    return cache
+
+
+def whole_step(model: GlmForCausalLM, context: int, repeats: int) -> Step:
+    cache = filled_cache(model, context)
+    mixtures = {i: m.mlp for i, m in enumerate(model.model.layers) if isinstance(m.mlp, PackedMixture)}
+    seconds, reads, sizes, seen = [], [], [], set()
+    for repeat in range(repeats + 2):
+        token = torch.randint(
+            0, model.config.vocab_size, (1, 1), generator=torch.Generator().manual_seed(repeat)
+        )
+        cache.truncate(context)
+        reads.append(read_rate(model))
+        started = time.perf_counter()
+        model(token, cache=cache, logits_to_keep=1)
+        seconds.append(time.perf_counter() - started)
+        chosen = {}
+        for index, ids in experts_of(model, token, cache, context, mixtures).items():
+            chosen[index] = len(set(ids))
+            seen |= {(index, expert) for expert in ids}
+        sizes.append(step_bytes(model, chosen, context))
+    return Step(seconds[2:], reads[2:], statistics.median(sizes[2:]), len(seen) / max(1, len(mixtures)))
+
+
+def experts_of(
+    model: GlmForCausalLM, token: torch.Tensor, cache: Cache, context: int, mixtures: dict[int, PackedMixture]
+) -> dict[int, list[int]]:
+    """Which experts each layer's router chooses for this token (a second, untimed pass)."""
+    for mixture in mixtures.values():
+        mixture.record_routing = True
+    cache.truncate(context)
+    model(token, cache=cache, logits_to_keep=1)
+    found = {}
+    for index, mixture in mixtures.items():
+        assert mixture.last_routing is not None
+        found[index] = mixture.last_routing.topk_ids_TK.flatten().tolist()
+        mixture.record_routing = False
+    return found
+
+
+def context_step(model: GlmForCausalLM, context: int, repeats: int) -> tuple[int, float, float]:
+    """(context, seconds of a step, seconds of it in the indexers' own scan and choice)."""
+    cache = filled_cache(model, context)
+    token = torch.tensor([[1]])
+    times, scans = [], []
+    for _ in range(max(5, repeats // 2)):
+        cache.truncate(context)
+        times.append(timed(lambda: model(token, cache=cache, logits_to_keep=1)))
+        scans.append(timed(lambda: scan(model, cache)))
+    return context, statistics.median(times), statistics.median(scans)
+
+
+def scan(model: GlmForCausalLM, cache: Cache) -> None:
+    config = model.config
+    query = torch.randn(1, config.index_n_heads, config.index_head_dim).to(torch.bfloat16)
+    turns = torch.ones(1, config.qk_rope_head_dim // 2, dtype=torch.complex64)
+    weights, rows = torch.rand(1, config.index_n_heads), torch.zeros(1, dtype=torch.int32)
+    for layer in cache.layers:
+        assert layer._index_keys is not None and config.index_topk is not None
+        cpu.select(query, turns, weights, layer._index_keys[:, : cache.length], rows, config.index_topk)
+
+
+def timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def llama_rate(program: Path, moe_layers: int, threads: int, quick: bool) -> float:
+    """llama.cpp's tokens/s on a Q4_0 file of the same sizes, warm."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "slice.gguf"
+        write_gguf(path, moe_layers)
+        command = [str(program), "-m", str(path), "-t", str(threads), "-p", "0", "-n", "24", "-o", "json"]
+        done = subprocess.run([*command, "-r", "2" if quick else "5"], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{program}: {done.stderr.strip().splitlines()[-1]}")
+        return float(json.loads(done.stdout)[0]["avg_ts"])
+
+
+def report(
+    read: float,
+    expert: float,
+    step: Step,
+    curve: list[tuple[int, float, float]],
+    llama: float | None,
+    threads: int,
+) -> None:
+    ours = 1 / step.seconds
+    print(f"{threads} threads, {cpu.instruction_sets()[0]}; memory read {read:.1f} GB/s")
+    print(f"one expert product      {expert:6.1f} GB/s   {expert / read:5.0%} of it")
+    print(
+        f"whole step at 2K        {step.size / step.seconds / GIGA:6.1f} GB/s   {step.share:5.0%}   "
+        f"{ours:.1f} tokens/s, {step.size / 1e6:.0f} MB each; {step.distinct:.0f} experts a layer seen"
+    )
+    if llama is not None:
+        print(f"llama.cpp Q4_0          {llama:.1f} tokens/s: ours is {ours / llama:.2f} times it")
+    print("context    step    index scan    the rest")
+    for context, seconds, scanned in curve:
+        print(
+            f"{context:7d} {seconds * 1e3:7.1f} ms {scanned * 1e3:9.2f} ms {(seconds - scanned) * 1e3:9.1f} ms"
+        )
+    first, last = curve[0], curve[-1]
+    growth = (last[1] - last[2]) / (first[1] - first[2]) - 1
+    print(json.dumps({
+        "memory_read_gb_s": round(read, 2), "expert_share": round(expert / read, 3),
+        "step_share": round(step.share, 3), "tokens_per_second": round(ours, 2),
+        "vs_llama_cpp": None if llama is None else round(ours / llama, 2),
+        "context_growth_2k_128k": round(growth, 3) if last[0] == CONTEXTS[-1] else None,
+        "curve_ms": {str(c): [round(s * 1e3, 2), round(i * 1e3, 2)] for c, s, i in curve},
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
