@@ -1,10 +1,10 @@
-# make chat, make test: each sets up all it needs on a fresh machine (Python 3.11+).
+# make chat, make test: each sets up all it needs on a fresh machine (Python 3.11+, a C++ compiler).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?=
 
-.PHONY: chat test check lint types setup setup-dev clean
+.PHONY: chat test check lint types sanitize setup setup-dev clean
 
 chat: setup
 	@$(BIN)/glm5 chat $(if $(MODEL),--model $(MODEL))
@@ -22,11 +22,22 @@ lint: setup-dev
 types: setup-dev
 	$(BIN)/mypy
 
+# The kernels' tests once more, on a library that watches its own memory and arithmetic.
+SANITIZED := build/sanitized
+sanitize: setup-dev
+	@mkdir -p build; $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -S . -B $(SANITIZED) -DGLM5_SANITIZE=ON -DCMAKE_BUILD_TYPE=None -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > $(SANITIZED).log 2>&1 || (cat $(SANITIZED).log; exit 1)
+	@$(BIN)/cmake --build $(SANITIZED) --parallel >> $(SANITIZED).log 2>&1 || (tail -30 $(SANITIZED).log; exit 1)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 HYPOTHESIS_MAX_EXAMPLES=5 \
+	GLM5_NATIVE_MODULE=$$(ls $(SANITIZED)/_cpu*.so) $(BIN)/python -m pytest tests/kernels -p no:xdist
+
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
 
 # torch goes first and alone: the pin gives a CPU build where pip finds one.
-$(VENV)/.ready: pyproject.toml constraints.txt
+NATIVE := CMakeLists.txt $(wildcard glm5/kernels/cpu/src/*)
+$(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Setting up $(VENV) (torch is a large download) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch

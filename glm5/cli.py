@@ -145,6 +145,9 @@ def quantize(
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave these modules as they are.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an unfinished job away.")] = False,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Compare answers with the source's, which must fit in memory.")
+    ] = False,
 ) -> None:
     """Write an int4 checkpoint that glm5, transformers and vLLM load. Goes on where it was stopped."""
     from glm5.auto import resolve
@@ -160,6 +163,14 @@ def quantize(
         f"{receipt['bits_per_quantised_weight']} bits a quantised weight, "
         f"{receipt['bytes_per_token'] / 1e6:.4g} MB a token"
     )
+    if evaluate:
+        from glm5.quantize.evaluation import evaluate as compare
+
+        for language, found in compare(path, destination).items():
+            typer.echo(
+                f"{language}: KL {found['kl']:.4f} nats, same best token {found['top1']:.1%}, "
+                f"perplexity {found['perplexity'][0]:.2f} -> {found['perplexity'][1]:.2f}"
+            )
 
 
 @app.command()

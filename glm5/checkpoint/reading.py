@@ -250,7 +250,7 @@ def _match(stored: Stored, model: GlmForCausalLM, packed: list[PackedWeight]) ->
         if stored.names(weight.name) is None:
             raise CheckpointError(f"{directory}: {weight.name} is missing; config.json asks for it")
         add(weight.name, weight.shape, None, weight)
-    _check_leftovers(index, used, model.config)
+    check_leftovers(index, used, model.config)
     return sorted(sources, key=lambda source: (index.file(source.first).path, index[source.first].start))
 
 
@@ -287,7 +287,8 @@ def _check_scale(index: ShardIndex, name: str, block: tuple[int, int]) -> None:
         )
 
 
-def _check_leftovers(index: ShardIndex, used: set[str], config: ModelConfig) -> None:
+def check_leftovers(index: ShardIndex, used: set[str], config: ModelConfig) -> None:
+    """Refuse tensors that the model of this config has no place for."""
     extra = [name for name in index.names if name not in used and not names.is_borrowed(name, config)]
     if config.num_nextn_predict_layers == 0:
         extra = [name for name in extra if not names.is_mtp(name, config)]

@@ -68,7 +68,7 @@ def save_model(
         if not staged:
             shutil.rmtree(staging, ignore_errors=True)
     try:
-        move_up(staging, directory)
+        _move_up(staging, directory)
     except OSError as error:
         raise CheckpointError(
             f"{staging}: cannot be moved into place ({error.strerror}); move its files up, {CONFIG_FILE} last"
@@ -90,7 +90,7 @@ def _stage(model: GlmForCausalLM, staging: Path, stored: str, shard_bytes: int) 
     stored_config(model.config, stored).save_pretrained(staging)
 
 
-def move_up(staging: Path, directory: Path) -> None:
+def _move_up(staging: Path, directory: Path) -> None:
     """Put staged files in place of the old ones; every step is on the disk before the next."""
     staged = {path.name for path in staging.iterdir()}
 

@@ -14,7 +14,8 @@ def quantise_activations(x_TD: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """int8 codes [T, D] and fp32 scales [T, D / block]; a block's largest magnitude becomes 127."""
     blocks = x_TD.float().unflatten(1, (-1, block))
     peak = blocks.abs().amax(dim=2, keepdim=True)
-    inverse = torch.where(peak > 0, 127.0 / peak, 0.0)
+    # A tensor divided by a tensor: torch takes a number divided by one as a product with its reciprocal.
+    inverse = torch.where(peak > 0, torch.full_like(peak, 127.0) / peak, 0.0)
     codes = (blocks * inverse).round().to(torch.int8)
     return codes.flatten(1), (peak / 127.0).squeeze(2)
 

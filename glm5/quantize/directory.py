@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -23,16 +25,14 @@ from torch import Tensor, nn
 from glm5.checkpoint import names
 from glm5.checkpoint.safetensors_file import PlannedTensor, write_safetensors
 from glm5.checkpoint.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
-from glm5.checkpoint.writing import move_up
 from glm5.config import ModelConfig
 from glm5.errors import CheckpointError
-from glm5.files import atomic_path, write_atomic
+from glm5.files import atomic_path, fsync_directory, write_atomic
 from glm5.kernels import cpu
 from glm5.kernels.modules import Scheme
 from glm5.kernels.packing import words_per_row
-from glm5.model.transformer import GlmForCausalLM
 from glm5.quantize.recipe import Recipe
-from glm5.quantize.sources import WeightSource, open_source
+from glm5.quantize.sources import WeightSource, meta_model, open_source
 
 WORKING = ".glm5-quantizing"
 PLAN_FILE = "plan.json"
@@ -82,31 +82,55 @@ def quantise(
     """
     source, destination = Path(source), Path(destination)
     recipe = recipe or Recipe()
-    if (destination / CONFIG_FILE).exists():
-        raise CheckpointError(f"{destination}: holds a checkpoint already; name another directory")
-    if source.resolve() == destination.resolve():
-        raise CheckpointError(f"{destination}: is the source; name another directory")
+    working = destination / WORKING
+    _refuse_other_weights(source, destination, working)
     weights = open_source(source)
     _refuse_packed_source(weights, source)
-    items = plan(weights, recipe)
-    shards = list(_shards(items, shard_bytes))
-    working = destination / WORKING
+    shards = list(_shards(plan(weights, recipe), shard_bytes))
+    job = json.dumps(
+        {"source": weights.identity(), "recipe": recipe.as_dict(), "shard_bytes": shard_bytes}, indent=1
+    )
     try:
-        _take_up(working, weights, recipe, shard_bytes, restart)
-        receipts = _write_shards(weights, shards, working, progress)
-        receipt = _finish(weights, recipe, shards, receipts, working)
-        move_up(working, destination)
+        if (destination / CONFIG_FILE).exists():  # cut when all but the plan had gone
+            same = (working / PLAN_FILE).read_text(encoding="utf-8") == job
+            shutil.rmtree(working)
+            if not same:
+                raise CheckpointError(f"{destination}: holds a checkpoint already; name another directory")
+            return _read_receipt(destination)
+        if restart:
+            _throw_away(working, destination)
+        _take_up(working, job)
+        if not (working / CONFIG_FILE).exists():
+            receipts = _write_shards(weights, shards, working, progress)
+            _finish(weights, recipe, shards, receipts, working)
+        _put_in_place(working, destination)
     except OSError as error:
         raise CheckpointError(
             f"{destination}: cannot be written ({error.strerror}); the same command goes on from here"
         ) from None
+    return _read_receipt(destination)
+
+
+def _read_receipt(destination: Path) -> dict[str, Any]:
+    receipt: dict[str, Any] = json.loads((destination / RECEIPT_FILE).read_text(encoding="utf-8"))
     return receipt
 
 
+def _throw_away(working: Path, destination: Path) -> None:
+    """Forget an unfinished job, with the files that it had moved up already."""
+    if (working / PLAN_FILE).is_file():
+        for path in [*destination.glob("model*.safetensors"), destination / INDEX_FILE]:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(working, ignore_errors=True)
+
+
 def plan(source: WeightSource, recipe: Recipe) -> list[Item]:
-    """Every weight in model order. Reads headers only."""
-    with torch.device("meta"):
-        model = GlmForCausalLM(source.config)
+    """Every weight in model order. Reads headers only.
+
+    Raises CheckpointError for what `load_model` would refuse, and for groups that fill no width.
+    """
+    model = meta_model(source.config)
+    shapes = {name: tensor.shape for name, tensor in names.state_tensors(model).items()}
     linear = {
         names.disk_name(f"{path}.", source.config).removesuffix(".")
         for path, module in model.named_modules()
@@ -114,8 +138,12 @@ def plan(source: WeightSource, recipe: Recipe) -> list[Item]:
     }
     items = []
     for piece in names.pieces(model):
-        module = piece.name.removesuffix(".weight")
-        shape = source.shape(piece.name)
+        module, shape = piece.name.removesuffix(".weight"), source.shape(piece.name)
+        wanted = tuple(piece.of(torch.empty(shapes[piece.parameter], device="meta")).shape)
+        if shape != wanted:
+            raise CheckpointError(
+                f"{source.path}: {piece.name} has shape {list(shape)}, config.json asks for {list(wanted)}"
+            )
         expert = bool(piece.part)
         scheme = recipe.scheme_of(module) if expert or module in linear else None
         if scheme is not None and shape[1] % scheme.group:
@@ -127,7 +155,34 @@ def plan(source: WeightSource, recipe: Recipe) -> list[Item]:
         items.append(
             Item(piece.name, shape, source.dtype(piece.name), source.num_bytes(piece.name), scheme, expert)
         )
+    source.check_leftovers([item.name for item in items])
+    _refuse_parted_experts(items)
     return items
+
+
+def _refuse_parted_experts(items: list[Item]) -> None:
+    schemes: dict[str, Scheme | None] = {}
+    for item in items:
+        if item.is_expert:
+            bank = item.name.rsplit(".", 3)[0]
+            if schemes.setdefault(bank, item.scheme) != item.scheme:
+                raise CheckpointError(
+                    f"{item.name}: the recipe gives the experts of this layer different bits; "
+                    "make its pattern fit all or none of them"
+                )
+
+
+def _refuse_other_weights(source: Path, destination: Path, working: Path) -> None:
+    """Nothing in the destination may be lost; weights that a cut-off move of ours left are no obstacle."""
+    if source.resolve() == destination.resolve():
+        raise CheckpointError(f"{destination}: is the source; name another directory")
+    moving = (working / PLAN_FILE).is_file()
+    if (destination / CONFIG_FILE).exists() and not moving:
+        raise CheckpointError(f"{destination}: holds a checkpoint already; name another directory")
+    if destination.is_dir() and not moving:
+        other = next((path.name for path in destination.iterdir() if path.suffix == ".safetensors"), None)
+        if other is not None:
+            raise CheckpointError(f"{destination}: holds {other} already; name another directory")
 
 
 def _refuse_packed_source(weights: WeightSource, source: Path) -> None:
@@ -140,22 +195,32 @@ def _refuse_packed_source(weights: WeightSource, source: Path) -> None:
         raise CheckpointError(f"{source}: is quantised by glm5 already; start from its source")
 
 
-def _take_up(working: Path, source: WeightSource, recipe: Recipe, shard_bytes: int, restart: bool) -> None:
+def _take_up(working: Path, job: str) -> None:
     """Make the working folder, or check that the one that is there belongs to the same job."""
-    if restart:
-        shutil.rmtree(working, ignore_errors=True)
-    job = {"source": source.identity(), "recipe": recipe.as_dict(), "shard_bytes": shard_bytes}
-    path = working / PLAN_FILE
-    text = json.dumps(job, indent=1)
+    plan_path = working / PLAN_FILE
+    if working.is_dir():
+        for path in working.glob(".*.tmp"):  # what a kill left of a file that was being written
+            path.unlink()
     if working.exists() and any(working.iterdir()):
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        if not plan_path.is_file() or plan_path.read_text(encoding="utf-8") != job:
             raise CheckpointError(
                 f"{working}: holds an unfinished job with another source or recipe; "
                 "finish that one, or use --restart to throw it away"
             )
         return
     working.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, text)
+    write_atomic(plan_path, job)
+
+
+def _put_in_place(working: Path, destination: Path) -> None:
+    """Move the finished files up, `config.json` last; the plan goes only when nothing else is left."""
+    for last in (False, True):
+        for path in sorted(working.iterdir()):
+            if path.name not in (PLAN_FILE, CONFIG_FILE) or (last and path.name == CONFIG_FILE):
+                os.replace(path, destination / path.name)
+        fsync_directory(destination)
+    (working / PLAN_FILE).unlink()
+    working.rmdir()
 
 
 def _shards(items: list[Item], limit: int) -> Iterator[list[Item]]:
@@ -280,8 +345,8 @@ def _finish(
     shards: list[list[Item]],
     receipts: list[dict[str, Any]],
     working: Path,
-) -> dict[str, Any]:
-    """Index, side files, config and receipt; then the working folder is a whole checkpoint."""
+) -> None:
+    """Index, side files, receipt and, last, the config; then the working folder is a whole checkpoint."""
     items = [item for shard in shards for item in shard]
     if len(shards) > 1:
         weight_map: dict[str, str] = {}
@@ -295,11 +360,9 @@ def _finish(
         write_atomic(working / name, content)
     receipt = _receipt(source.config, recipe, items, receipts)
     write_atomic(working / RECEIPT_FILE, json.dumps(receipt, indent=1) + "\n")
-    quantised_config(source.config, items).save_pretrained(working)
     for number in range(len(shards)):
         (working / _receipt_name(number)).unlink(missing_ok=True)
-    (working / PLAN_FILE).unlink()
-    return receipt
+    quantised_config(source.config, items).save_pretrained(working)
 
 
 def _receipt(
@@ -339,10 +402,13 @@ def quantised_config(config: ModelConfig, items: list[Item]) -> ModelConfig:
             kept.append(module)
     if config.tie_word_embeddings:
         kept.append("lm_head")
+    extra = {key: value for key, value in config.extra.items() if key != "quantization_config"}
+    if not by_scheme:
+        return replace(config, dtype="bfloat16", extra=extra)
     groups = {}
     for number, (scheme, modules) in enumerate(sorted(by_scheme.items(), key=lambda kv: -len(kv[1]))):
         groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(by_scheme) == 1 else _targets(modules),
+            "targets": ["Linear"] if len(by_scheme) == 1 else _targets(modules, by_scheme),
             "weights": {
                 "num_bits": scheme.bits, "type": "int", "symmetric": True, "strategy": "group",
                 "group_size": scheme.group, "dynamic": False, "observer": "minmax",
@@ -360,14 +426,19 @@ def quantised_config(config: ModelConfig, items: list[Item]) -> ModelConfig:
         "global_compression_ratio": None,
         "glm5": {"layout": 1},
     }
-    extra = {key: value for key, value in config.extra.items() if key != "quantization_config"}
     return replace(config, dtype="bfloat16", extra=extra | {"quantization_config": settings})
 
 
-def _targets(modules: list[str]) -> list[str]:
-    """Patterns that name exactly these modules: their names with numbers as `\\d+` where all fit."""
-    return sorted({"re:" + "\\.".join(r"\d+" if part.isdigit() else part for part in module.split("."))
-                   + "$" for module in modules})  # fmt: skip
+def _targets(modules: list[str], by_scheme: dict[Scheme, list[str]]) -> list[str]:
+    """Patterns that name exactly these modules: numbers as `\\d+` where that takes no other's along."""
+    shared = {pattern for others in by_scheme.values() if others is not modules
+              for pattern in map(_pattern, others)}  # fmt: skip
+    exact = {"re:" + re.escape(module) + "$" for module in modules if _pattern(module) in shared}
+    return sorted({_pattern(module) for module in modules} - shared | exact)
+
+
+def _pattern(module: str) -> str:
+    return "re:" + r"\.".join(r"\d+" if part.isdigit() else part for part in module.split(".")) + "$"
 
 
 def _shard_name(number: int, count: int) -> str:

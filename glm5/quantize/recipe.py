@@ -6,18 +6,18 @@ A pattern is a shell pattern over module names as they are on disk
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from fnmatch import translate
+from fnmatch import fnmatchcase
 
 from glm5.config import ModelConfig
 from glm5.errors import RecipeError
 from glm5.kernels.modules import Scheme
 from glm5.kernels.packing import BITS
 
-# Small, or decisive for the answer, or read in a way of its own (kv_b_proj in its absorbed form).
-KEPT = ("lm_head", "*.embed_tokens", "*.mlp.gate", "*.self_attn.indexer.*", "*.kv_b_proj", "*.eh_proj")
-METHODS = ("rtn",)
+# Small, or decisive for the answer; a rule may overrule it.
+KEPT = ("lm_head", "*.embed_tokens", "*.mlp.gate", "*.self_attn.indexer.*", "*.eh_proj")
+# Read in a way of its own: MLA's absorbed form multiplies by parts of the matrix.
+NEVER = "*.self_attn.kv_b_proj"
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,11 @@ class Recipe:
 
     def scheme_of(self, module: str) -> Scheme | None:
         """The scheme of a linear layer by its module name on disk; None = it stays as it is."""
+        if fnmatchcase(module, NEVER):
+            return None
         bits = self.bits
         for pattern, chosen in (*((kept, 0) for kept in KEPT), *self.rules):
-            if re.match(translate(pattern), module):
+            if fnmatchcase(module, pattern):
                 bits = chosen
         return Scheme(bits, self.group) if bits else None
 

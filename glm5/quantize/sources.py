@@ -5,6 +5,7 @@ Both answer the same four questions, by Hugging Face names and a tensor (or a ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from glm5.checkpoint.gguf import GgufFile, GgufModel, tokenizer_files
-from glm5.checkpoint.reading import Stored, stored_weights
+from glm5.checkpoint.names import Piece, fused_name, pieces
+from glm5.checkpoint.reading import check_leftovers, stored_weights
 from glm5.config import ModelConfig
 from glm5.errors import CheckpointError, TokenizerError
+from glm5.model.transformer import GlmForCausalLM
 
 # Rows of a tensor that is only copied are read in bands of about this size.
 BAND_BYTES = 64 << 20
@@ -43,6 +46,9 @@ class WeightSource(Protocol):
         ...
 
     def side_files(self) -> dict[str, bytes]: ...
+    def check_leftovers(self, names: list[str]) -> None:
+        """Raise CheckpointError when a stored tensor belongs to none of these weights."""
+        ...
 
 
 class DirectorySource:
@@ -51,41 +57,51 @@ class DirectorySource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config, self._stored = stored_weights(path)
-
-    @property
-    def stored(self) -> Stored:
-        return self._stored
+        # Experts of a layer that are stored as one bank, as `transformers` holds them in memory.
+        self._banks: dict[str, tuple[str, Piece]] = {}
+        for piece in pieces(meta_model(self.config)):
+            bank = fused_name(piece, self.config)
+            if bank is not None and bank in self._stored.index and self._stored.names(piece.name) is None:
+                self._banks[piece.name] = (bank, piece)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._banks:
+            bank, piece = self._banks[name]
+            return tuple(piece.of(torch.empty(self._stored.shape(bank), device="meta")).shape)
         self._parts(name)
         return self._stored.shape(name)
 
     def num_bytes(self, name: str) -> int:
+        if name in self._banks:
+            return math.prod(self.shape(name)) * self._stored.index[self._banks[name][0]].dtype.itemsize
         return sum(self._stored.index[part].num_bytes for part in self._parts(name))
 
     def dtype(self, name: str) -> torch.dtype:
-        self._parts(name)
+        part = self._banks[name][0] if name in self._banks else self._parts(name)[0]
         if self._stored.is_formed(name):
             return torch.bfloat16
-        dtype = self._stored.index[name].dtype
+        dtype = self._stored.index[part].dtype
         return dtype if dtype in _PLAIN else torch.float32 if dtype == torch.float64 else torch.bfloat16
 
     def read(self, name: str) -> Tensor:
+        if name in self._banks:
+            return self._from_bank(*self._banks[name]).to(self.dtype(name))
         values = torch.empty(self.shape(name), dtype=self.dtype(name))
         self._stored.fill(name, values)
         return values
 
     def bands(self, name: str) -> Iterator[Tensor]:
         index = self._stored.index
-        plain = not self._stored.is_formed(name) and index[name].dtype == self.dtype(name)
+        plain = name in index and not self._stored.is_formed(name) and index[name].dtype == self.dtype(name)
         if not plain or index[name].num_bytes <= BAND_BYTES:
             yield self.read(name)
             return
         shape, dtype = index[name].shape, index[name].dtype
-        rows = max(1, BAND_BYTES // (index[name].num_bytes // shape[0]))
+        row_bytes = index[name].num_bytes // shape[0]
+        rows = max(1, BAND_BYTES // row_bytes)
         for first in range(0, shape[0], rows):
             band = torch.empty(min(rows, shape[0] - first), *shape[1:], dtype=dtype)
-            index.file(name).read_into(name, band, first * (index[name].num_bytes // shape[0]))
+            index.file(name).read_into(name, band, first * row_bytes)
             yield band
 
     def identity(self) -> list[object]:
@@ -96,11 +112,33 @@ class DirectorySource:
         found = [self.path / name for name in _SIDE_FILES]
         return {path.name: path.read_bytes() for path in found if path.is_file()}
 
+    def check_leftovers(self, names: list[str]) -> None:
+        used = {bank for bank, _ in self._banks.values()}
+        for name in names:
+            used.update([] if name in self._banks else self._parts(name))
+        check_leftovers(self._stored.index, used, self.config)
+
+    def _from_bank(self, bank: str, piece: Piece) -> Tensor:
+        """An expert's part of a bank: one run of bytes."""
+        info = self._stored.index[bank]
+        expert, rows = piece.part[0], piece.part[1] if len(piece.part) > 1 else slice(0, info.shape[1])
+        assert isinstance(expert, int) and isinstance(rows, slice)
+        row_bytes = info.shape[2] * info.dtype.itemsize
+        values = torch.empty(rows.stop - rows.start, info.shape[2], dtype=info.dtype)
+        offset = (expert * info.shape[1] + rows.start) * row_bytes
+        self._stored.index.file(bank).read_into(bank, values, offset)
+        return values
+
     def _parts(self, name: str) -> list[str]:
         parts = self._stored.names(name)
         if parts is None:
             raise CheckpointError(f"{self.path}: {name} is missing; config.json asks for it")
         return parts
+
+
+def meta_model(config: ModelConfig) -> GlmForCausalLM:
+    with torch.device("meta"):
+        return GlmForCausalLM(config)
 
 
 class GgufSource:
@@ -126,6 +164,9 @@ class GgufSource:
 
     def bands(self, name: str) -> Iterator[Tensor]:
         yield self.read(name)
+
+    def check_leftovers(self, names: list[str]) -> None:
+        pass  # GgufModel leaves none over
 
     def identity(self) -> list[object]:
         stat = self.path.stat()

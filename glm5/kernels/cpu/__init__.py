@@ -41,6 +41,7 @@ class Matrix:
         columns: int = 0,
         group: int = 0,
     ) -> None:
+        _need(weight.dim() == 2, f"weights have {weight.dim()} dimensions, not 2")
         rows = weight.shape[0]
         _need(
             weight.device.type == "cpu" and weight.is_contiguous(), "weights must be contiguous, on the CPU"
@@ -52,6 +53,7 @@ class Matrix:
             _need(scales is not None and group > 0, "integer codes need scales and a group")
             assert scales is not None
             _need(tuple(scales.shape) == (rows, -(-columns // group)), "scales are not [rows, groups]")
+            _need(scales.dtype in _FLOAT_CODES, f"scales are {scales.dtype}")
             code, scale_code = bits, _FLOAT_CODES[scales.dtype]
         elif weight.dtype == torch.float8_e4m3fn:
             columns = weight.shape[1]
@@ -107,6 +109,7 @@ def linear(
     """
     x = _activations(x, matrix.columns)
     dtype = dtype or x.dtype
+    _need(dtype in _ACTIVATIONS, f"results are {dtype}, not fp32 or bf16")
     out = torch.empty(*x.shape[:-1], matrix.rows, dtype=dtype)
     if add is not None:
         _need(
@@ -191,17 +194,19 @@ class MoeLayer:
             _need(inside, "routing names an expert that is not there")
         else:
             _need(self.num_experts == 0 or self.topk > 0, "the layer has no router")
+        told = chosen
         if chosen is not None:
-            _need(
-                chosen.shape == (tokens, self.topk) and chosen.dtype == torch.int32,
-                "chosen is not int32 [T, K]",
-            )
+            fits = chosen.shape == (tokens, self.topk) and chosen.dtype == torch.int32
+            _need(fits, "chosen is not int32 [T, K]")
+            told = chosen if chosen.is_contiguous() else torch.empty(tokens, self.topk, dtype=torch.int32)
         _cpu.moe(
             self.handle, x.data_ptr(), x.dtype == torch.bfloat16, tokens, out.data_ptr(),
             0 if add is None else add.data_ptr(), _floats(norm, self.hidden), eps, exact,
             0 if ids is None else ids.data_ptr(), 0 if weights is None else weights.data_ptr(),
-            0 if chosen is None else chosen.data_ptr(),
+            0 if told is None else told.data_ptr(),
         )  # fmt: skip
+        if chosen is not None and told is not None and told is not chosen:
+            chosen.copy_(told)
         return out
 
 
@@ -264,8 +269,8 @@ def select(
     _cpu.select(
         q_NHd.data_ptr(), q_NHd.dtype == torch.bfloat16, turns_Nr.data_ptr(), weights_NH.data_ptr(),
         cache_BSd.data_ptr(), cache_BSd.dtype == torch.bfloat16,
-        cache_BSd.stride(0) * cache_BSd.element_size(), count, heads, width, 2 * turns_Nr.shape[1], keys, topk,
-        rows.data_ptr(), 0 if visible_NS is None else visible_NS.data_ptr(), slots.data_ptr(),
+        cache_BSd.stride(0) * cache_BSd.element_size(), count, heads, width, 2 * turns_Nr.shape[1], keys,
+        topk, rows.data_ptr(), 0 if visible_NS is None else visible_NS.data_ptr(), slots.data_ptr(),
         counts.data_ptr(),
     )  # fmt: skip
     return Slots(slots, counts)

@@ -10,9 +10,13 @@ namespace GLM5_ISA {
 // One block (32 or 64 floats) into its place in row `r`. The largest magnitude becomes 127.
 inline void quantise_block(const float* x, QuantisedRows& to, int r, int b) {
   const int width = to.block;
-  F32x16 top = zero16();
-  for (int i = 0; i < width; i += 16) top = max16(top, abs16(load16(x + i)));
-  const float peak = top16(top);
+  F32x16 top = zero16(), poison = zero16();  // x - x is 0, or NaN where x is not finite
+  for (int i = 0; i < width; i += 16) {
+    const F32x16 part = load16(x + i);
+    top = max16(top, abs16(part));
+    poison = poison + (part - part);
+  }
+  const float peak = top16(top) + sum16(poison);  // NaN stays visible in the scale
   const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
   to.scale(r)[b] = peak / 127.0f;
   alignas(64) int8_t codes[64];

@@ -33,20 +33,26 @@ void parallel_runs(int items, F&& body) {
 // Activations in the forms that a layer's matrices read; made once, in parallel.
 struct Inputs {
   std::vector<float> floats;  // [count, cols]
-  QuantisedRows int4, int8;
+  QuantisedRows integers[4];  // int4 and int8, blocks of 64 and of 32
+  bool wants_floats = false, wanted[4] = {};
   int cols = 0;
-  const QuantisedRows& integers(const Matrix& m) const { return m.codes == Codes::int4 ? int4 : int8; }
+
+  static int kind(const Matrix& m) { return (m.codes == Codes::int4 ? 0 : 2) + (m.block() == 64 ? 0 : 1); }
+  void want_nothing() {
+    wants_floats = false;
+    for (bool& each : wanted) each = false;
+  }
+  void want(const Matrix& m, bool exact) { (exact || !m.block() ? wants_floats : wanted[kind(m)]) = true; }
 };
 
 inline bool by_integers(const Matrix& m, bool exact) { return !exact && m.block() != 0; }
 
-// x: [count, cols] floats or bf16, through the norm if there is one.
-inline void take_inputs(Inputs& in, const void* x, bool is_bf16, int count, int cols, const float* norm, float eps,
-                        bool floats, int int4_block, int int8_block) {
+// x: [count, cols] floats or bf16, through the norm if there is one, into every form that is wanted.
+inline void take_inputs(Inputs& in, const void* x, bool is_bf16, int count, int cols, const float* norm, float eps) {
   in.cols = cols;
-  if (floats) scratch(in.floats, static_cast<size_t>(count) * cols);
-  if (int4_block) in.int4.shape(count, cols, int4_block, Codes::int4);
-  if (int8_block) in.int8.shape(count, cols, int8_block, Codes::int8);
+  if (in.wants_floats) scratch(in.floats, static_cast<size_t>(count) * cols);
+  for (int kind = 0; kind < 4; kind++)
+    if (in.wanted[kind]) in.integers[kind].shape(count, cols, kind % 2 ? 32 : 64, kind < 2 ? Codes::int4 : Codes::int8);
   const int together = std::max(1, 16384 / std::max(1, cols));
   parallel((count + together - 1) / together, [&](int item) {
     static thread_local std::vector<float> buffer;
@@ -54,9 +60,8 @@ inline void take_inputs(Inputs& in, const void* x, bool is_bf16, int count, int 
     for (int t = item * together; t < std::min(count, (item + 1) * together); t++) {
       widen(static_cast<const char*>(x) + static_cast<size_t>(t) * cols * (is_bf16 ? 2 : 4), is_bf16, row, cols);
       if (norm) rms_norm(row, norm, eps, row, cols);
-      if (floats) std::memcpy(in.floats.data() + static_cast<size_t>(t) * cols, row, 4 * static_cast<size_t>(cols));
-      if (int4_block) quantise_row(row, in.int4, t);
-      if (int8_block) quantise_row(row, in.int8, t);
+      if (in.wants_floats) std::memcpy(in.floats.data() + static_cast<size_t>(t) * cols, row, 4 * static_cast<size_t>(cols));
+      for (int kind = 0; kind < 4; kind++) if (in.wanted[kind]) quantise_row(row, in.integers[kind], t);
     }
   });
 }
@@ -64,23 +69,21 @@ inline void take_inputs(Inputs& in, const void* x, bool is_bf16, int count, int 
 inline const uint8_t* row_of(const Matrix& m, int row) { return m.data + static_cast<size_t>(row) * m.row_bytes(); }
 
 inline void product(const Matrix& m, bool exact, int r0, int r1, const Inputs& in, const int* picks, int count, float* out, size_t ldo, const uint8_t* after) {
-  if (by_integers(m, exact)) integer_product(m, r0, r1, in.integers(m), picks, count, out, ldo, after);
+  if (by_integers(m, exact)) integer_product(m, r0, r1, in.integers[Inputs::kind(m)], picks, count, out, ldo, after);
   else float_product(m, r0, r1, in.floats.data(), static_cast<size_t>(in.cols), picks, count, out, ldo);
 }
 
 // out[t] = W x[t] (+ bias) (+ add[t]), all matrices reading the same x.
 inline void linear(const LinearCall& call) {
   static thread_local Inputs in;
-  bool floats = false;
-  int int4_block = 0, int8_block = 0, items = 0;
-  for (int i = 0; i < call.outputs; i++) {
-    const Matrix& m = *call.output[i].matrix;
-    if (!by_integers(m, call.exact)) floats = true;
-    else (m.codes == Codes::int4 ? int4_block : int8_block) = m.block();
-    items += (m.rows + kItemRows - 1) / kItemRows;
-  }
   Inputs& shared = in;
-  take_inputs(shared, call.x, call.x_bf16, call.count, call.output[0].matrix->cols, call.norm, call.eps, floats, int4_block, int8_block);
+  shared.want_nothing();
+  int items = 0;
+  for (int i = 0; i < call.outputs; i++) {
+    shared.want(*call.output[i].matrix, call.exact);
+    items += (call.output[i].matrix->rows + kItemRows - 1) / kItemRows;
+  }
+  take_inputs(shared, call.x, call.x_bf16, call.count, call.output[0].matrix->cols, call.norm, call.eps);
   const int token_items = (call.count + kItemTokens - 1) / kItemTokens;
   parallel_runs(items * token_items, [&](int item) {
     int band = item / token_items;
@@ -170,17 +173,12 @@ inline void moe(const MoeCall& call) {
   QuantisedRows(&acts8)[2] = acts8_store;
   std::vector<float>(&acts)[2] = acts_store;
 
-  bool floats = layer.router.experts > 0 && !call.ids;
-  int int4_block = 0, int8_block = 0;
-  auto note = [&](const Expert& e) {
-    for (const Matrix* m : {&e.gate, &e.up}) {
-      if (!by_integers(*m, call.exact)) floats = true;
-      else (m->codes == Codes::int4 ? int4_block : int8_block) = m->block();
-    }
-  };
-  if (!layer.experts.empty()) note(layer.experts[0]);
-  if (layer.has_shared) note(layer.shared);
-  take_inputs(in, call.x, call.x_bf16, call.count, layer.hidden, call.norm, call.eps, floats, int4_block, int8_block);
+  in.want_nothing();
+  in.wants_floats = layer.router.experts > 0 && !call.ids;
+  auto want = [&](const Expert& e) { in.want(e.gate, call.exact), in.want(e.up, call.exact); };
+  if (!layer.experts.empty()) want(layer.experts[0]);
+  if (layer.has_shared) want(layer.shared);
+  take_inputs(in, call.x, call.x_bf16, call.count, layer.hidden, call.norm, call.eps);
 
   // Route, then list each chosen expert's tokens.
   const int topk = layer.router.topk, count = call.count, experts = static_cast<int>(layer.experts.size());

@@ -13,7 +13,9 @@
 namespace glm5 {
 namespace GLM5_ISA {
 
-#if defined(__AVX512VNNI__)
+#if defined(GLM5_TILE)
+constexpr int kTile = GLM5_TILE;
+#elif defined(__AVX512VNNI__)
 constexpr int kTile = 12;  // activation rows whose sums stay in registers with two vectors of weight rows
 #else
 constexpr int kTile = 2;

@@ -17,8 +17,9 @@ inline F32x16 rounded_codes(F32x16 w, F32x16 inverse, float lowest, float highes
   return max16(set16(lowest), min16(set16(highest), round16(w * inverse)));
 }
 
-// Rounds w[count] (count % 16 == 0); returns the stored scale and adds to error and energy.
-inline uint16_t round_group(const float* w, const float* importance, int count, int bits, bool search, float* codes, double& error, double& energy) {
+// Rounds w[count] (count % 16 == 0); returns the stored scale and adds to error and energy. Works on
+// the weights times a power of two that brings the largest to [0.5, 1), so that no square leaves fp32.
+inline uint16_t round_group(float* w, const float* importance, int count, int bits, bool search, float* codes, double& error, double& energy) {
   const float lowest = -static_cast<float>(1 << (bits - 1)), highest = -lowest - 1;
   float peak = 0;  // the largest weight, with its sign
   bool finite = true;
@@ -31,9 +32,12 @@ inline uint16_t round_group(const float* w, const float* importance, int count, 
     for (int i = 0; i < count; i++) codes[i] = 0;
     return float_to_bf16(1.0f);
   }
-  const F32x16 ones = set16(1.0f);
-  auto weight_of = [&](int i) { return importance ? load16(importance + i) : ones; };
+  int exponent;
+  peak = std::frexp(peak, &exponent);
+  for (int i = 0; i < count; i++) w[i] = std::ldexp(w[i], -exponent);
+
   float best_scale = peak / lowest, best_gain = -1;
+  const F32x16 ones = set16(1.0f);
   // The peak may land on either end of the codes; on the lower one there is a step more.
   for (int side = 0; side < (search ? 2 : 1); side++) {
     const float whole = peak / (side ? highest : lowest);
@@ -42,7 +46,8 @@ inline uint16_t round_group(const float* w, const float* importance, int count, 
       const F32x16 inverse = set16(1.0f / scale);
       F32x16 cross = zero16(), square = zero16();
       for (int i = 0; i < count; i += 16) {
-        const F32x16 x = load16(w + i), q = rounded_codes(x, inverse, lowest, highest), p = weight_of(i) * q;
+        const F32x16 x = load16(w + i), q = rounded_codes(x, inverse, lowest, highest);
+        const F32x16 p = (importance ? load16(importance + i) : ones) * q;
         cross = fma(p, x, cross);
         square = fma(p, q, square);
       }
@@ -50,20 +55,21 @@ inline uint16_t round_group(const float* w, const float* importance, int count, 
       if (qq > 0 && wq * wq / qq > best_gain) best_gain = wq * wq / qq, best_scale = search ? wq / qq : scale;
     }
   }
-  uint16_t stored = float_to_bf16(best_scale);
-  float scale = bf16_to_float(stored);
-  if (!(std::fabs(scale) >= 0x1p-126f)) stored = float_to_bf16(std::copysign(0x1p-126f, best_scale)), scale = bf16_to_float(stored);
-  const F32x16 inverse = set16(1.0f / scale);
+  // The stored scale is a normal bf16 number, whatever the weights are.
+  const float wide = std::ldexp(best_scale, exponent);
+  uint16_t stored = float_to_bf16(std::fabs(wide) >= 0x1p-126f ? wide : std::copysign(0x1p-126f, wide));
+  const double scale = std::ldexp(static_cast<double>(bf16_to_float(stored)), -exponent);
+  const F32x16 inverse = set16(static_cast<float>(1.0 / scale)), factor = set16(static_cast<float>(scale));
   F32x16 lost = zero16(), had = zero16();
   for (int i = 0; i < count; i += 16) {
     const F32x16 x = load16(w + i), q = rounded_codes(x, inverse, lowest, highest);
     store16(codes + i, q);
-    const F32x16 difference = x - q * set16(scale);
+    const F32x16 difference = x - q * factor;
     lost = fma(difference, difference, lost);
     had = fma(x, x, had);
   }
-  error += sum16(lost);
-  energy += sum16(had);
+  error += std::ldexp(static_cast<double>(sum16(lost)), 2 * exponent);
+  energy += std::ldexp(static_cast<double>(sum16(had)), 2 * exponent);
   return stored;
 }
 

@@ -111,6 +111,14 @@ pid_t made_by = 0;
 #endif
 thread_local bool inside = false;
 
+// A forked child has no such threads: joining them would wait for ever.
+void forget_parents_pool() {
+#if defined(__linux__)
+  if (pool && made_by != getpid()) (void)pool.release();
+  made_by = getpid();
+#endif
+}
+
 int default_threads() {
   const unsigned cores = std::thread::hardware_concurrency();
   return cores ? static_cast<int>(cores) : 1;
@@ -121,6 +129,7 @@ int default_threads() {
 void set_threads(int count) {
   std::lock_guard<std::mutex> lock(owner);
   wanted = count < 1 ? 1 : count;
+  forget_parents_pool();
   if (pool && pool->workers() != wanted - 1) pool.reset();
 }
 
@@ -130,10 +139,7 @@ void parallel(int items, Job job, void* context) {
   if (items > 1 && threads() > 1 && !inside && owner.try_lock()) {
     std::lock_guard<std::mutex> lock(owner, std::adopt_lock);
     inside = true;
-#if defined(__linux__)
-    if (pool && made_by != getpid()) pool.release();  // a forked child has no such threads
-    made_by = getpid();
-#endif
+    forget_parents_pool();
     if (!pool) pool = std::make_unique<Pool>(threads() - 1);
     pool->run(items, job, context);
     inside = false;

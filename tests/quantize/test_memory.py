@@ -1,0 +1,69 @@
+"""Quantising takes one tensor and what becomes of it, measured by the kernel in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from glm5.checkpoint import ShardIndex, save_model
+from glm5.model.transformer import GlmForCausalLM
+from tests.quantize.quantize_fixture import save_source, small_config
+
+MB = 1 << 20
+SLACK = 10 * MB  # what is first touched here
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+import torch
+from glm5.quantize import Recipe, quantise
+
+def status(key):
+    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))
+    return int(line.split()[1]) * 1024
+
+torch.set_num_threads(1)
+large, small, out = map(Path, sys.argv[1:])
+quantise(small, out / "small", Recipe(4, 32))
+try:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+except OSError:
+    pass
+before = status("VmRSS")
+quantise(large, out / "large", Recipe(4, 32))
+print(json.dumps(status("VmHWM") - before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_is_one_tensor_and_its_codes(tmp_path: Path) -> None:
+    """19 M weights in fp32, 76 MB; the largest matrix has 17 MB."""
+    sizes = {"hidden_size": 256, "intermediate_size": 16384, "moe_intermediate_size": 512}
+    with torch.device("meta"):
+        model = GlmForCausalLM(small_config(vocab_size=8192, num_nextn_predict_layers=0, **sizes))
+    model.to_empty(device="cpu")
+    for tensor in model.state_dict().values():
+        tensor.fill_(0.01)
+    save_model(model, tmp_path / "large", stored="fp32")
+    save_source(tmp_path / "small")
+    index = ShardIndex(tmp_path / "large")
+    largest = max(index[name].num_bytes for name in index.names)
+
+    command = [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in ("large", "small", "out"))]
+    # glibc gives freed tensors back at once, instead of raising its threshold after the first ones.
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "MALLOC_MMAP_THRESHOLD_": str(MB),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    peak = json.loads(done.stdout)
+    print(f"largest tensor {largest / MB:.0f} MB, peak {peak / MB:.0f} MB")
+
+    assert sum(index[name].num_bytes for name in index.names) > 70 * MB
+    assert 0.9 * largest < peak < 1.25 * largest + SLACK
