@@ -199,11 +199,10 @@ def report(
     )
     if llama is not None:
         print(f"llama.cpp Q4_0          {llama:.1f} tokens/s: ours is {ours / llama:.2f} times it")
-    print("context    step    index scan    the rest")
+    print("context     step   index scan   the rest")
     for context, seconds, scanned in curve:
-        print(
-            f"{context:7d} {seconds * 1e3:7.1f} ms {scanned * 1e3:9.2f} ms {(seconds - scanned) * 1e3:9.1f} ms"
-        )
+        rest = seconds - scanned
+        print(f"{context:7d} {seconds * 1e3:7.1f} ms {scanned * 1e3:9.2f} ms {rest * 1e3:9.1f} ms")
     first, last = curve[0], curve[-1]
     growth = (last[1] - last[2]) / (first[1] - first[2]) - 1
     print(json.dumps({

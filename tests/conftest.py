@@ -12,12 +12,7 @@ import sys
 from hypothesis import settings
 
 settings.register_profile("ci", derandomize=True, print_blob=True)
-settings.register_profile(
-    "few", derandomize=True, max_examples=int(os.environ.get("HYPOTHESIS_MAX_EXAMPLES", 5))
-)
-if os.environ.get("HYPOTHESIS_MAX_EXAMPLES"):
-    settings.load_profile("few")
-elif os.environ.get("CI"):
+if os.environ.get("CI"):
     settings.load_profile("ci")
 
 if native := os.environ.get("GLM5_NATIVE_MODULE"):

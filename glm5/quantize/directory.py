@@ -214,6 +214,8 @@ def _take_up(working: Path, job: str) -> None:
 
 def _put_in_place(working: Path, destination: Path) -> None:
     """Move the finished files up, `config.json` last; the plan goes only when nothing else is left."""
+    for path in working.glob("shard-*.json"):
+        path.unlink()
     for last in (False, True):
         for path in sorted(working.iterdir()):
             if path.name not in (PLAN_FILE, CONFIG_FILE) or (last and path.name == CONFIG_FILE):
@@ -360,8 +362,6 @@ def _finish(
         write_atomic(working / name, content)
     receipt = _receipt(source.config, recipe, items, receipts)
     write_atomic(working / RECEIPT_FILE, json.dumps(receipt, indent=1) + "\n")
-    for number in range(len(shards)):
-        (working / _receipt_name(number)).unlink(missing_ok=True)
     quantised_config(source.config, items).save_pretrained(working)
 
 

@@ -24,8 +24,9 @@ from tests.kernels.kernel_fixture import instruction_set as instruction_set
 
 quick = settings(deadline=None)
 seeds = st.integers(0, 2**31)
-# A scale is chosen by sums in fp32 and then stored in bf16: a gain can be less than those lose.
-STORED, SUMMED = 1 + 2.0**-7, 1e-6
+# The best scale is stored in bf16: off by up to 2^-9, which costs up to 2^-18 of the energy. The codes
+# are then rounded once more, to that scale.
+STORED_SHARE, ROUNDED = 5e-6, 1.01
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -82,7 +83,7 @@ def test_a_searched_scale_is_never_worse(case: tuple[Tensor, int], rows: str) ->
     weight, group = case
     weight = weight if rows == "many" else weight[:1].expand(64, -1).contiguous()
     searched, plain = lost(weight, 4, group), lost(weight, 4, group, search=False)
-    assert searched <= plain * STORED + SUMMED * float(weight.double().pow(2).sum())
+    assert searched <= plain * ROUNDED + STORED_SHARE * float(weight.double().pow(2).sum())
 
 
 def test_a_searched_scale_is_clearly_better() -> None:
@@ -186,7 +187,7 @@ def test_importance_lowers_the_error_that_counts(case: tuple[Tensor, int], seed:
         return float((difference.pow(2) * importance.double()).sum())
 
     energy = float((weight.double().pow(2) * importance.double()).sum())
-    assert weighted(importance) <= weighted(None) * STORED + SUMMED * energy
+    assert weighted(importance) <= weighted(None) * ROUNDED + STORED_SHARE * energy
 
 
 def test_importance_lowers_the_error_of_random_weights_clearly() -> None:

