@@ -31,24 +31,26 @@ T* scratch(std::vector<T>& buffer, size_t count) {
   return buffer.data();
 }
 
-inline F32x16 load_scales(const Matrix& m, size_t at, int count) {
+GLM5_INLINE inline F32x16 load_scales(Scales type, const void* scales, size_t at, int count) {
   if (count >= 16) {
-    switch (m.scale_type) {
-      case Scales::bf16: return load_bf16(static_cast<const uint16_t*>(m.scales) + at);
-      case Scales::f16: return load_f16(static_cast<const uint16_t*>(m.scales) + at);
-      default: return load16(static_cast<const float*>(m.scales) + at);
+    switch (type) {
+      case Scales::bf16: return load_bf16(static_cast<const uint16_t*>(scales) + at);
+      case Scales::f16: return load_f16(static_cast<const uint16_t*>(scales) + at);
+      default: return load16(static_cast<const float*>(scales) + at);
     }
   }
   float some[16] = {};
   for (int i = 0; i < count; i++) {
-    switch (m.scale_type) {
-      case Scales::bf16: some[i] = bf16_to_float(static_cast<const uint16_t*>(m.scales)[at + i]); break;
-      case Scales::f16: some[i] = f16_to_float(static_cast<const uint16_t*>(m.scales)[at + i]); break;
-      default: some[i] = static_cast<const float*>(m.scales)[at + i];
+    switch (type) {
+      case Scales::bf16: some[i] = bf16_to_float(static_cast<const uint16_t*>(scales)[at + i]); break;
+      case Scales::f16: some[i] = f16_to_float(static_cast<const uint16_t*>(scales)[at + i]); break;
+      default: some[i] = static_cast<const float*>(scales)[at + i];
     }
   }
   return load16(some);
 }
+
+inline F32x16 load_scales(const Matrix& m, size_t at, int count) { return load_scales(m.scale_type, m.scales, at, count); }
 
 // Scales of up to 16 rows, turned and repeated: out[block * stride + row].
 inline void turn_scales(const Matrix& m, int row, int rows, int block, float* out, int stride) {
@@ -68,17 +70,22 @@ inline void turn_scales(const Matrix& m, int row, int rows, int block, float* ou
 
 // ---------------------------------------------------------------- a few rows: lanes along the columns
 
+struct BlockScales {
+  Scales type;
+  const void* values;
+  int groups, repeat;  // blocks that share a scale
+};
+
 // Scales of blocks [first, first + 16) of a row.
-GLM5_INLINE inline F32x16 block_scales(const Matrix& m, size_t row, int first, int repeat) {
-  const size_t groups = static_cast<size_t>(m.groups());
-  if (repeat == 1) return load_scales(m, row * groups + static_cast<size_t>(first), static_cast<int>(groups) - first);
-  float some[16];
+GLM5_INLINE inline F32x16 block_scales(const BlockScales& s, size_t row, int first) {
+  const size_t groups = static_cast<size_t>(s.groups);
+  if (s.repeat == 1) return load_scales(s.type, s.values, row * groups + static_cast<size_t>(first), s.groups - first);
   // Blocks past the last one repeat it: their terms are never summed.
-  const int from = std::min(first / repeat, static_cast<int>(groups) - 1);
-  const int count = std::min(16, static_cast<int>(groups) - from);
-  store16(some, load_scales(m, row * groups + static_cast<size_t>(from), count));
-  float repeated[16];
-  for (int i = 0; i < 16; i++) repeated[i] = some[std::min(count - 1, (first + i) / repeat - from)];
+  const int from = std::min(first / s.repeat, s.groups - 1);
+  const int count = std::min(16, s.groups - from);
+  float some[16], repeated[16];
+  store16(some, load_scales(s.type, s.values, row * groups + static_cast<size_t>(from), count));
+  for (int i = 0; i < 16; i++) repeated[i] = some[std::min(count - 1, (first + i) / s.repeat - from)];
   return load16(repeated);
 }
 
@@ -86,8 +93,8 @@ GLM5_INLINE inline F32x16 block_scales(const Matrix& m, size_t row, int first, i
 // as one plain stream is what the machine's own prefetching is built for.
 template <Codes C, int Block, int T, bool Whole>
 GLM5_INLINE inline void eight_chunks(const uint8_t* from, int bytes, const int8_t* const (&acts)[T], const int32_t* const (&offsets)[T],
-                                     const float* const (&act_scales)[T], const Matrix& m, size_t row, int first, int repeat, float* terms,
-                                     size_t stride) {
+                                     const float* const (&act_scales)[T], const BlockScales& block_scale, size_t row, int first,
+                                     float* terms, size_t stride) {
   constexpr int kChunk = C == Codes::int4 ? 128 : 64;  // columns in 64 bytes of weights
   constexpr int kBlocks = kChunk / Block;              // 1, 2 or 4
   constexpr int kVectors = (8 * kBlocks + 15) / 16;    // of 16 blocks
@@ -107,7 +114,7 @@ GLM5_INLINE inline void eight_chunks(const uint8_t* from, int bytes, const int8_
     });
   });
   F32x16 scales[kVectors];
-  each<kVectors>([&](auto v) GLM5_INLINE { scales[v] = block_scales(m, row, first + 16 * v, repeat); });
+  each<kVectors>([&](auto v) GLM5_INLINE { scales[v] = block_scales(block_scale, row, first + 16 * v); });
   each<T>([&](auto t) GLM5_INLINE {
     I32x8 q[4];
     sum_quarters(acc[t], q);
@@ -128,7 +135,9 @@ void few_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int
   constexpr int kChunk = C == Codes::int4 ? 128 : 64;
   constexpr int kBlocks = kChunk / Block;
   const size_t row_bytes = m.row_bytes();
-  const int blocks = x.blocks(), repeat = std::max(1, std::min(m.group, m.cols) / Block);
+  const int blocks = x.blocks();
+  // By value: what the loop writes could otherwise change it, as far as a compiler knows.
+  const BlockScales scales = {m.scale_type, m.scales, m.groups(), std::max(1, std::min(m.group, m.cols) / Block)};
   const size_t stride = static_cast<size_t>((blocks + 31) / 16 * 16);
   // Where only whole steps are left; the rest of a row goes the careful way.
   const int whole_steps = std::min(static_cast<int>(row_bytes / 512), blocks / (8 * kBlocks));
@@ -140,28 +149,21 @@ void few_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int
 
   for (int row = r0; row < r1; row += 16) {
     const int rows = std::min(16, r1 - row);
-    // Two rows far enough apart to be two streams: one alone leaves a fifth of the bandwidth.
-    for (int r = 0; r < std::min(8, rows); r++) {
-      const int pair = r + 8 < rows ? 2 : 1;
+    for (int r = 0; r < rows; r++) {
+      const size_t at = static_cast<size_t>(row + r);
+      const uint8_t* from = m.data + at * row_bytes;
+      float* to = terms + static_cast<size_t>(r) * stride;
+      const int8_t* acts[T];
+      each<T>([&](auto t) GLM5_INLINE { acts[t] = x.row(picks[t]); });
       int step = 0;
-      for (; step < whole_steps; step++) {
-        const int8_t* acts[T];
-        each<T>([&](auto t) GLM5_INLINE { acts[t] = x.row(picks[t]) + static_cast<size_t>(step) * 8 * kChunk; });
-        for (int i = 0; i < pair; i++) {
-          const size_t at = static_cast<size_t>(row + r + 8 * i);
-          eight_chunks<C, Block, T, true>(m.data + at * row_bytes + static_cast<size_t>(step) * 512, 512, acts, offsets, act_scales, m, at,
-                                          step * 8 * kBlocks, repeat, terms + static_cast<size_t>(r + 8 * i) * stride, stride);
-        }
+      for (; step < whole_steps; step++, from += 512) {
+        eight_chunks<C, Block, T, true>(from, 512, acts, offsets, act_scales, scales, at, step * 8 * kBlocks, to, stride);
+        each<T>([&](auto t) GLM5_INLINE { acts[t] += 8 * kChunk; });
       }
-      for (size_t done = static_cast<size_t>(step) * 512; done < row_bytes; done += 512, step++) {
-        const int8_t* acts[T];
-        each<T>([&](auto t) GLM5_INLINE { acts[t] = x.row(picks[t]) + static_cast<size_t>(step) * 8 * kChunk; });
+      for (size_t done = static_cast<size_t>(step) * 512; done < row_bytes; done += 512, step++, from += 512) {
         const int bytes = static_cast<int>(std::min<size_t>(512, row_bytes - done));
-        for (int i = 0; i < pair; i++) {
-          const size_t at = static_cast<size_t>(row + r + 8 * i);
-          eight_chunks<C, Block, T, false>(m.data + at * row_bytes + done, bytes, acts, offsets, act_scales, m, at, step * 8 * kBlocks,
-                                           repeat, terms + static_cast<size_t>(r + 8 * i) * stride, stride);
-        }
+        eight_chunks<C, Block, T, false>(from, bytes, acts, offsets, act_scales, scales, at, step * 8 * kBlocks, to, stride);
+        each<T>([&](auto t) GLM5_INLINE { acts[t] += 8 * kChunk; });
       }
     }
     // Blocks in rising order, lanes along the rows.
