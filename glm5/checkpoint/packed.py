@@ -182,14 +182,17 @@ def fill_packed(weight: PackedWeight, index: ShardIndex) -> None:
         )
 
 
-def round_into(weight: PackedWeight, values: Tensor, where: Path) -> tuple[float, float]:
-    """Quantise float values [out, in] into a packed weight's place; (squared error, energy)."""
-    memory, scheme = weight.memory(), weight.scheme
-    rounded = cpu.round_weights(values.contiguous(), bits=scheme.bits, group=scheme.group)
-    if not math.isfinite(rounded.energy):
-        raise CheckpointError(
-            f"{where}: {weight.name} holds an infinite weight or NaN and cannot be quantised"
-        )
+def round_into(weight: PackedWeight, values: Tensor, where: Path) -> None:
+    """Quantise float values [out, in] into a packed weight's place."""
+    rounded = round_finite(values.contiguous(), weight.scheme, weight.name, where)
+    memory = weight.memory()
     memory.words.copy_(rounded.words)
     memory.scales.copy_(rounded.scales)
-    return rounded.error, rounded.energy
+
+
+def round_finite(values: Tensor, scheme: Scheme, name: str, where: Path) -> cpu.Rounded:
+    """`cpu.round_weights`, or a CheckpointError that names the weight when it is not finite."""
+    rounded = cpu.round_weights(values, bits=scheme.bits, group=scheme.group)
+    if not math.isfinite(rounded.energy):
+        raise CheckpointError(f"{where}: {name} holds an infinite weight or NaN and cannot be quantised")
+    return rounded

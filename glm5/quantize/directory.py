@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from glm5.checkpoint import names
+from glm5.checkpoint.packed import round_finite
 from glm5.checkpoint.safetensors_file import PlannedTensor, write_safetensors
 from glm5.checkpoint.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from glm5.config import ModelConfig
 from glm5.errors import CheckpointError
 from glm5.files import atomic_path, fsync_directory, write_atomic
-from glm5.kernels import cpu
 from glm5.kernels.modules import Scheme
 from glm5.kernels.packing import words_per_row
 from glm5.quantize.recipe import Recipe
@@ -322,11 +322,7 @@ class _ShardWriter:
     def _codes(self, item: Item) -> Tensor:
         assert item.scheme is not None
         values = self._source.read(item.name)
-        rounded = cpu.round_weights(values, bits=item.scheme.bits, group=item.scheme.group)
-        if not math.isfinite(rounded.energy):
-            raise CheckpointError(
-                f"{self._source.path}: {item.name} holds an infinite weight or NaN and cannot be quantised"
-            )
+        rounded = round_finite(values, item.scheme, item.name, self._source.path)
         self._scales[item.name] = rounded.scales
         error = math.sqrt(rounded.error / rounded.energy) if rounded.energy else 0.0
         self.receipt[item.name] = {
