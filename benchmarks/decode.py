@@ -9,18 +9,13 @@ null. The last line is JSON: expert_share, step_share, vs_llama_cpp, context_gro
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from glm5_slice import GIGA, random_slice, step_bytes, write_gguf
+from glm5_slice import GIGA, benchmark_arguments, llama_rates, random_slice, step_bytes
 
 from glm5.kernels import _cpu, cpu
 from glm5.kernels.modules import PackedExperts, PackedMixture
@@ -31,21 +26,15 @@ CONTEXTS = (2048, 8192, 32768, 131072)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions, contexts up to 32K")
-    parser.add_argument("--llama-bench", type=Path)
-    parser.add_argument("--moe-layers", type=int, default=1, help="5.2 GB each")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
+    arguments = benchmark_arguments(__doc__ or "", "fewer repetitions, contexts up to 32K")
     repeats = 8 if arguments.quick else 24
     torch.set_num_threads(1)  # PyTorch's own threads would wait, awake, on our cores
     cpu.set_threads(arguments.threads)
 
     llama = None
     if arguments.llama_bench is not None:
-        llama = llama_rate(arguments.llama_bench, arguments.moe_layers, arguments.threads, arguments.quick)
+        run = ["-p", "0", "-n", "24", "-r", "2" if arguments.quick else "5"]
+        (llama,) = llama_rates(arguments.llama_bench, arguments.moe_layers, arguments.threads, [run])
     model = random_slice(arguments.moe_layers)
     with torch.inference_mode():
         read, expert = expert_product(model, repeats)
@@ -168,18 +157,6 @@ def timed(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def llama_rate(program: Path, moe_layers: int, threads: int, quick: bool) -> float:
-    """llama.cpp's tokens/s on a Q4_0 file of the same sizes, warm."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "slice.gguf"
-        write_gguf(path, moe_layers)
-        command = [str(program), "-m", str(path), "-t", str(threads), "-p", "0", "-n", "24", "-o", "json"]
-        done = subprocess.run([*command, "-r", "2" if quick else "5"], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{program}: {done.stderr.strip().splitlines()[-1]}")
-        return float(json.loads(done.stdout)[0]["avg_ts"])
 
 
 def report(

@@ -8,6 +8,11 @@ benchmarks count the experts that ran.
 
 from __future__ import annotations
 
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +210,30 @@ def _metadata(writer: Any, config: ModelConfig) -> None:
     writer.add_bool("glm-dsa.expert_weights_norm", True)
     writer.add_array("glm-dsa.attention.indexer.types", [True] * config.num_hidden_layers)
     writer.add_string("tokenizer.ggml.model", "none")
+
+
+def benchmark_arguments(description: str, quick: str) -> argparse.Namespace:
+    """--quick, --llama-bench, --moe-layers and --threads; `quick` says what --quick leaves out."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--llama-bench", type=Path)
+    parser.add_argument("--moe-layers", type=int, default=1, help="5.2 GB each")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args()
+
+
+def llama_rates(program: Path, moe_layers: int, threads: int, runs: list[list[str]]) -> list[float]:
+    """llama.cpp's tokens/s on a Q4_0 file of the same sizes, one figure for each run's options."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "slice.gguf"
+        write_gguf(path, moe_layers)
+        found = []
+        for options in runs:
+            command = [str(program), "-m", str(path), "-t", str(threads), "-o", "json", *options]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{program}: {done.stderr.strip().splitlines()[-1]}")
+            found.append(float(json.loads(done.stdout)[0]["avg_ts"]))
+        return found

@@ -10,17 +10,12 @@ vs_llama_cpp (of 512 tokens; null without `--llama-bench`).
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
-from glm5_slice import GIGA, random_slice, write_gguf
+from glm5_slice import GIGA, benchmark_arguments, llama_rates, random_slice
 
 from glm5.kernels import _cpu, cpu
 from glm5.kernels.modules import PackedExperts, PackedLinear
@@ -29,20 +24,15 @@ from glm5.runtime.cache import Cache
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="512 tokens only")
-    parser.add_argument("--llama-bench", type=Path)
-    parser.add_argument("--moe-layers", type=int, default=1, help="5.2 GB each")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
+    arguments = benchmark_arguments(__doc__ or "", "512 tokens only")
     cpu.set_threads(arguments.threads)
     torch.set_num_threads(arguments.threads)
     lengths = (512,) if arguments.quick else (512, 4096)
     llama = {}
     if arguments.llama_bench is not None:
-        llama = llama_rates(arguments.llama_bench, arguments.moe_layers, arguments.threads, lengths)
+        runs = [["-p", str(length), "-n", "0", "-r", "1"] for length in lengths]
+        rates = llama_rates(arguments.llama_bench, arguments.moe_layers, arguments.threads, runs)
+        llama = dict(zip(lengths, rates, strict=True))
     model = random_slice(arguments.moe_layers)
     results = []
     with torch.inference_mode():
@@ -111,20 +101,6 @@ def measure(model: GlmForCausalLM, length: int, repeats: int) -> dict[str, float
         "achieved_gop_s": operations(model, length) / spent / GIGA,
         "share": max(by_arithmetic, by_memory) / spent, "bound": float(by_memory > by_arithmetic),
     }  # fmt: skip
-
-
-def llama_rates(program: Path, moe_layers: int, threads: int, lengths: tuple[int, ...]) -> dict[int, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "slice.gguf"
-        write_gguf(path, moe_layers)
-        found = {}
-        for length in lengths:
-            command = [str(program), "-m", str(path), "-t", str(threads), "-p", str(length), "-n", "0"]
-            done = subprocess.run([*command, "-r", "1", "-o", "json"], capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{program}: {done.stderr.strip().splitlines()[-1]}")
-            found[length] = float(json.loads(done.stdout)[0]["avg_ts"])
-        return found
 
 
 def report(results: list[dict[str, float]], llama: dict[int, float]) -> None:
