@@ -20,21 +20,28 @@ def quantise_activations(x_TD: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return codes.flatten(1), (peak / 127.0).squeeze(2)
 
 
-def integer_linear(x_TD: Tensor, codes_RD: Tensor, scales_RG: Tensor, block: int) -> Tensor:
+def integer_linear(
+    x_TD: Tensor, codes_RD: Tensor, scales_RG: Tensor, block: int, bits: int = 4
+) -> Tensor:
     """x W^T through int8 activations, fp32 [T, R].
 
-    Sums are exact within a block; blocks are added in rising order, every operation rounded to fp32.
+    Sums are exact within a block; block b, in rising order, adds to partial sum b % 16, every operation
+    rounded to fp32, and halves of the partial sums are added onto halves. 8-bit codes in blocks of 64
+    have 8 partial sums.
     """
+    partial = 8 if bits == 8 and block == 64 else 16
     acts, act_scales = quantise_activations(x_TD, block)
     tokens, width = acts.shape
     group = width // scales_RG.shape[1]
-    out = torch.zeros(tokens, codes_RD.shape[0], dtype=torch.float32)
+    sums_PTR = torch.zeros(partial, tokens, codes_RD.shape[0], dtype=torch.float32)
     for b in range(width // block):
         columns = slice(b * block, (b + 1) * block)
-        sums = acts[:, columns].float() @ codes_RD[:, columns].float().T  # integers below 2^24
-        scale = act_scales[:, b, None] * scales_RG[:, b * block // group].float()
-        out = out + sums * scale
-    return out
+        exact = acts[:, columns].float() @ codes_RD[:, columns].float().T  # integers below 2^24
+        sums_PTR[b % partial] += exact * (act_scales[:, b, None] * scales_RG[:, b * block // group].float())
+    while len(sums_PTR) > 1:
+        low, high = sums_PTR.chunk(2)
+        sums_PTR = low + high
+    return sums_PTR[0]
 
 
 def feed_forward(x_TD: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

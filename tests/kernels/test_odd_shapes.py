@@ -44,7 +44,8 @@ def test_integer_products(rows: int, columns: int, bits: int, group: int) -> Non
     for count in (1, 2, 3, 5, 14):
         x = tokens(count, columns)
         if made.block:
-            wanted = reference.integer_linear(x, unpack(made.weight, bits, columns), made.scales, made.block)
+            codes = unpack(made.weight, bits, columns)
+            wanted = reference.integer_linear(x, codes, made.scales, made.block, bits)
             assert torch.equal(cpu.linear(x, made), wanted)
         assert cpu.linear(x.bfloat16(), made, exact=True).isfinite().all()
 

@@ -99,7 +99,7 @@ def test_integer_products_are_the_reference_on_every_instruction_set(
     made: Integers, tokens: int, dtype: torch.dtype, seed: int
 ) -> None:
     x, block = activations(tokens, made.codes.shape[1], seed, dtype), made.matrix.block
-    wanted = reference.integer_linear(x, made.codes, made.block_scales(block), block)
+    wanted = reference.integer_linear(x, made.codes, made.block_scales(block), block, made.matrix.bits)
     found = on_each(INSTRUCTION_SETS, lambda: cpu.linear(x, made.matrix, dtype=torch.float32))
     for name, out in found.items():
         assert_same_bits(out, wanted, name)
@@ -120,7 +120,7 @@ def test_norm_bias_and_sum_are_one_rounding_each(
     def both() -> tuple[Tensor, Tensor]:
         """The product, and the same one step at a time."""
         normed = x if norm is None else cpu.linear(x, identity, norm=norm, eps=1e-5, dtype=torch.float32)
-        slow = reference.integer_linear(normed, made.codes, made.block_scales(block), block)
+        slow = reference.integer_linear(normed, made.codes, made.block_scales(block), block, made.matrix.bits)
         slow = slow if bias is None else slow + bias
         slow = slow if add is None else slow + add.float()
         return cpu.linear(x, made.matrix, bias=bias, add=add, norm=norm, eps=1e-5), slow.to(dtype)
@@ -150,7 +150,7 @@ def test_a_last_group_may_be_short(columns: int, group: int, bits: int) -> None:
     made = random_integers(37, columns, bits, group, seed=columns)
     for tokens in (1, 2, 3, 9):
         x, block = activations(tokens, columns, seed=tokens), made.matrix.block
-        wanted = reference.integer_linear(x, made.codes, made.block_scales(block), block)
+        wanted = reference.integer_linear(x, made.codes, made.block_scales(block), block, made.matrix.bits)
         for name, out in on_each(INSTRUCTION_SETS, lambda x=x: cpu.linear(x, made.matrix)).items():
             assert_same_bits(out, wanted, name)
         assert_exact(cpu.linear(x, made.matrix, exact=True), x, made.weight.double())

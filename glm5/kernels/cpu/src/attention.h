@@ -25,36 +25,50 @@ inline void rotate_pairs(float* x, const float* turns, int pairs) {
 inline void score_tile(const float* q, int heads, const float* rows, int width, float* scores) {
   for (int h = 0; h < heads; h += 4) {
     for (int s = 0; s < kSlots; s += 4) {
-      F32x16 acc[4][4];
-      each<16>([&](auto i) GLM5_INLINE { acc[i / 4][i % 4] = zero16(); });
+      F32x16 acc[16];  // head i / 4, slot i % 4
+      each<16>([&](auto i) GLM5_INLINE { acc[i] = zero16(); });
       for (int k = 0; k < width; k += 16) {
         F32x16 row[4];
         each<4>([&](auto j) GLM5_INLINE { row[j] = load16(rows + static_cast<size_t>(s + j) * width + k); });
         each<4>([&](auto i) GLM5_INLINE {
           const F32x16 query = load16(q + static_cast<size_t>(std::min<int>(h + i, heads - 1)) * width + k);
-          each<4>([&](auto j) GLM5_INLINE { acc[i][j] = fma(query, row[j], acc[i][j]); });
+          each<4>([&](auto j) GLM5_INLINE { acc[4 * i + j] = fma(query, row[j], acc[4 * i + j]); });
         });
       }
-      each<16>([&](auto i) GLM5_INLINE {
-        if (h + i / 4 < heads) scores[(h + i / 4) * kSlots + s + i % 4] = sum16(acc[i / 4][i % 4]);
-      });
+      float sums[16];
+      store16(sums, sum_sixteen(acc));
+      for (int i = 0; i < std::min(4, heads - h); i++) std::memcpy(scores + (h + i) * kSlots + s, sums + 4 * i, 16);
     }
   }
 }
 
-// mixed[h] += sum_s weights[h][s] * rows[s], over the first `width` columns.
+// mixed[h] += sum_s weights[h][s] * rows[s], for `C` vectors of columns of up to four heads.
+template <int C>
+GLM5_INLINE inline void mix_columns(const float* weights, int count, const float* rows, int stride, float* mixed, size_t width) {
+  F32x16 acc[4][C];
+  const auto head = [&](int i) { return std::min(i, count - 1); };
+  each<4>([&](auto i) GLM5_INLINE { each<C>([&](auto c) GLM5_INLINE { acc[i][c] = load16(mixed + head(i) * width + 16 * c); }); });
+  for (int s = 0; s < kSlots; s++) {
+    F32x16 row[C];
+    each<C>([&](auto c) GLM5_INLINE { row[c] = load16(rows + static_cast<size_t>(s) * stride + 16 * c); });
+    each<4>([&](auto i) GLM5_INLINE {
+      const F32x16 weight = set16(weights[head(i) * kSlots + s]);
+      each<C>([&](auto c) GLM5_INLINE { acc[i][c] = fma(weight, row[c], acc[i][c]); });
+    });
+  }
+  each<4>([&](auto i) GLM5_INLINE {
+    if (i < count) each<C>([&](auto c) GLM5_INLINE { store16(mixed + i * width + 16 * c, acc[i][c]); });
+  });
+}
+
+// The same over the first `width` columns.
 inline void mix_tile(const float* weights, int heads, const float* rows, int stride, int width, float* mixed) {
   for (int h = 0; h < heads; h += 4) {
     const int count = std::min(4, heads - h);
-    for (int c = 0; c < width; c += 16) {
-      F32x16 acc[4];
-      each<4>([&](auto i) GLM5_INLINE { acc[i] = load16(mixed + static_cast<size_t>(h + std::min<int>(i, count - 1)) * width + c); });
-      for (int s = 0; s < kSlots; s++) {
-        const F32x16 row = load16(rows + static_cast<size_t>(s) * stride + c);
-        each<4>([&](auto i) GLM5_INLINE { acc[i] = fma(set16(weights[(h + std::min<int>(i, count - 1)) * kSlots + s]), row, acc[i]); });
-      }
-      each<4>([&](auto i) GLM5_INLINE { if (i < count) store16(mixed + static_cast<size_t>(h + i) * width + c, acc[i]); });
-    }
+    float* mine = mixed + static_cast<size_t>(h) * width;
+    int c = 0;
+    for (; c + 64 <= width; c += 64) mix_columns<4>(weights + h * kSlots, count, rows + c, stride, mine + c, static_cast<size_t>(width));
+    for (; c < width; c += 16) mix_columns<1>(weights + h * kSlots, count, rows + c, stride, mine + c, static_cast<size_t>(width));
   }
 }
 

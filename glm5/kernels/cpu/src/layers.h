@@ -4,6 +4,8 @@
 // on nothing but its inputs, so threads and neighbours in the batch never change an answer.
 #pragma once
 
+#include <atomic>
+
 #include "products.h"
 #include "plan.h"
 #include "threads.h"
@@ -11,9 +13,17 @@
 namespace glm5 {
 namespace GLM5_ISA {
 
-constexpr int kItemRows = 64;    // weight rows in an item: whole blocks of the next activations
+constexpr int kItemRows = 64;     // weight rows in an item: whole blocks of the next activations
+constexpr int kLongRows = 256;    // the same for few activation rows: long stretches of memory
 constexpr int kItemsAThread = 6;  // enough to share out evenly, few enough to read long runs
-constexpr int kItemTokens = 240; // activation rows in an item: their sums stay in the second cache
+constexpr int kItemTokens = 240;  // activation rows in an item: their sums stay in the second cache
+constexpr int kFewTokens = kItemRows * kItemTokens / kLongRows;
+
+// Weight rows in an item, of `rows` in all, when that many activation rows pass.
+inline int item_rows(int rows, int count) {
+  if (count > kFewTokens) return kItemRows;
+  return std::clamp(rows / (threads() * kItemsAThread) / kItemRows * kItemRows, kItemRows, kLongRows);
+}
 
 inline const int* counting(int count) {
   static thread_local std::vector<int> numbers;
@@ -21,12 +31,25 @@ inline const int* counting(int count) {
   return numbers.data();
 }
 
-// Items in runs of neighbours: a thread then reads long stretches of weights in order.
+// Each thread takes the items of its own stretch in order, so that it reads long runs of weights;
+// one that is done helps with what is left of the others'.
 template <class F>
 void parallel_runs(int items, F&& body) {
-  const int run = std::max(1, items / (threads() * kItemsAThread));
-  parallel((items + run - 1) / run, [&](int first) {
-    for (int i = first * run; i < std::min(items, (first + 1) * run); i++) body(i);
+  struct alignas(64) Next { std::atomic<int> item{0}; };
+  constexpr int kMost = 64;
+  const int stretches = std::min({threads(), items, kMost});
+  if (stretches <= 1) {
+    for (int i = 0; i < items; i++) body(i);
+    return;
+  }
+  Next next[kMost];
+  const auto begin = [&](int s) { return static_cast<int>(static_cast<int64_t>(items) * s / stretches); };
+  for (int s = 0; s < stretches; s++) next[s].item.store(begin(s), std::memory_order_relaxed);
+  parallel(stretches, [&](int mine) {
+    for (int step = 0; step < stretches; step++) {
+      const int s = (mine + step) % stretches, end = begin(s + 1);
+      for (int i; (i = next[s].item.fetch_add(1, std::memory_order_relaxed)) < end;) body(i);
+    }
   });
 }
 
@@ -242,27 +265,30 @@ inline void moe(const MoeCall& call) {
   static thread_local std::vector<Item> item_store;
   std::vector<Item>& items = item_store;
   items.clear();
+  int all_rows = 0;
+  for (size_t f = 0; f < used; f++) all_rows += feeds[f].expert->gate.rows;
+  const int up_rows = item_rows(all_rows, count), down_rows = item_rows(layer.hidden, count);
   for (size_t f = 0; f < used; f++) {
     const int tokens = static_cast<int>(feeds[f].tokens.size()), width = feeds[f].expert->gate.rows;
     for (int t0 = 0; t0 < tokens; t0 += kItemTokens)
-      for (int r0 = 0; r0 < width; r0 += kItemRows)
-        items.push_back({static_cast<int>(f), t0, std::min(tokens, t0 + kItemTokens), r0, std::min(width, r0 + kItemRows)});
+      for (int r0 = 0; r0 < width; r0 += up_rows)
+        items.push_back({static_cast<int>(f), t0, std::min(tokens, t0 + kItemTokens), r0, std::min(width, r0 + up_rows)});
   }
   parallel_runs(static_cast<int>(items.size()), [&](int i) {
     const Item& item = items[static_cast<size_t>(i)];
     const Feed& feed = feeds[static_cast<size_t>(item.feed)];
     const int kind = static_cast<size_t>(item.feed) < routed ? 0 : 1, rows = item.r1 - item.r0;
     float gate[kItemRows * kItemTokens], up[kItemRows * kItemTokens];
-    product(feed.expert->gate, call.exact, item.r0, item.r1, in, feed.tokens.data() + item.t0, item.t1 - item.t0, gate, kItemRows,
+    product(feed.expert->gate, call.exact, item.r0, item.r1, in, feed.tokens.data() + item.t0, item.t1 - item.t0, gate, static_cast<size_t>(up_rows),
             row_of(feed.expert->up, item.r0));
-    product(feed.expert->up, call.exact, item.r0, item.r1, in, feed.tokens.data() + item.t0, item.t1 - item.t0, up, kItemRows,
+    product(feed.expert->up, call.exact, item.r0, item.r1, in, feed.tokens.data() + item.t0, item.t1 - item.t0, up, static_cast<size_t>(up_rows),
             row_of(feed.expert->gate, item.r1));
     const Matrix& down = feed.expert->down;
     const bool integers = by_integers(down, call.exact);
     QuantisedRows& to = down.codes == Codes::int4 ? acts4[kind] : acts8[kind];
     for (int t = item.t0; t < item.t1; t++) {
-      float* row = gate + static_cast<size_t>(t - item.t0) * kItemRows;
-      silu_times(row, up + static_cast<size_t>(t - item.t0) * kItemRows, rows);
+      float* row = gate + static_cast<size_t>(t - item.t0) * up_rows;
+      silu_times(row, up + static_cast<size_t>(t - item.t0) * up_rows, rows);
       const int at = feed.first + t;
       if (!integers) {
         std::memcpy(acts[kind].data() + static_cast<size_t>(at) * down.cols + item.r0, row, 4 * static_cast<size_t>(rows));
@@ -274,12 +300,12 @@ inline void moe(const MoeCall& call) {
   });
 
   // Down, a band of output columns at a time over all experts, so that nothing is added twice at once.
-  const int bands = (layer.hidden + kItemRows - 1) / kItemRows, token_items = (count + kItemTokens - 1) / kItemTokens;
+  const int bands = (layer.hidden + down_rows - 1) / down_rows, token_items = (count + kItemTokens - 1) / kItemTokens;
   parallel_runs(bands * token_items, [&](int i) {
-    const int r0 = i / token_items * kItemRows, r1 = std::min(layer.hidden, r0 + kItemRows), rows = r1 - r0;
+    const int r0 = i / token_items * down_rows, r1 = std::min(layer.hidden, r0 + down_rows), rows = r1 - r0;
     const int t0 = i % token_items * kItemTokens, t1 = std::min(count, t0 + kItemTokens);
     float total[kItemRows * kItemTokens], sums[kItemRows * kItemTokens];
-    std::memset(total, 0, sizeof(float) * kItemRows * static_cast<size_t>(t1 - t0));
+    std::memset(total, 0, sizeof(float) * down_rows * static_cast<size_t>(t1 - t0));
     for (size_t f = 0; f < used; f++) {
       const Feed& feed = feeds[f];
       const int kind = f < routed ? 0 : 1;
@@ -289,18 +315,18 @@ inline void moe(const MoeCall& call) {
       if (!n) continue;
       const Matrix& down = feed.expert->down;
       const int* picks = counting(feed.first + from + n) + feed.first + from;
-      if (!by_integers(down, call.exact)) float_product(down, r0, r1, acts[kind].data(), static_cast<size_t>(down.cols), picks, n, sums, kItemRows);
-      else integer_product(down, r0, r1, down.codes == Codes::int4 ? acts4[kind] : acts8[kind], picks, n, sums, kItemRows,
+      if (!by_integers(down, call.exact)) float_product(down, r0, r1, acts[kind].data(), static_cast<size_t>(down.cols), picks, n, sums, static_cast<size_t>(down_rows));
+      else integer_product(down, r0, r1, down.codes == Codes::int4 ? acts4[kind] : acts8[kind], picks, n, sums, static_cast<size_t>(down_rows),
                            row_of(f + 1 < used ? feeds[f + 1].expert->down : down, f + 1 < used ? r0 : r1));
       for (int t = 0; t < n; t++)
-        add_scaled(total + static_cast<size_t>(feed.tokens[static_cast<size_t>(from + t)] - t0) * kItemRows, sums + static_cast<size_t>(t) * kItemRows,
+        add_scaled(total + static_cast<size_t>(feed.tokens[static_cast<size_t>(from + t)] - t0) * down_rows, sums + static_cast<size_t>(t) * down_rows,
                    feed.weights[static_cast<size_t>(from + t)], rows);
     }
     for (int t = t0; t < t1; t++) {
-      float* row = total + static_cast<size_t>(t - t0) * kItemRows;
+      float* row = total + static_cast<size_t>(t - t0) * down_rows;
       const size_t at = static_cast<size_t>(t) * layer.hidden + r0;
       if (call.add) {
-        float other[kItemRows];
+        float other[kLongRows];
         widen(static_cast<const char*>(call.add) + at * (call.x_bf16 ? 2 : 4), call.x_bf16, other, rows);
         for (int r = 0; r < rows; r++) row[r] += other[r];
       }

@@ -1,9 +1,10 @@
 // The products: rows of a weight matrix with rows of activations.
 //
 // One rule makes every path give the same bits. Integer sums are exact within a block of columns;
-// then, block after block in rising order, acc += sum * (weight_scale * activation_scale), each
-// operation rounded. So one row (lanes run along the columns) and many (lanes run along the weight
-// rows) agree, and so do all instruction sets. Float weights: 16 lanes along the columns, summed by one fixed tree.
+// then block b, in rising order, adds sum * (weight_scale * activation_scale) to partial sum
+// b % kPartial, each operation rounded, and the partial sums meet in one fixed tree. So one row (lanes
+// run along the columns) and many (lanes run along the weight rows) agree, and so do all instruction
+// sets. Float weights: 16 lanes along the columns, summed by the same tree.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +21,7 @@ constexpr int kTile = 12;  // activation rows whose sums stay in registers with 
 #else
 constexpr int kTile = 2;
 #endif
-constexpr size_t kAhead = 8192;  // bytes of weights fetched in advance
+constexpr size_t kAhead = 6144;  // bytes of weights fetched in advance
 constexpr int kPanel = 32;
 // From so many activation rows on, turning the weights to run along lanes pays.
 constexpr int kManyRows = 4;
@@ -89,18 +90,25 @@ GLM5_INLINE inline F32x16 block_scales(const BlockScales& s, size_t row, int fir
   return load16(repeated);
 }
 
-// Eight chunks of a weight row with T activation rows, as float terms in block order. Reading a row
+// Partial sums of a row: the blocks of eight 64-byte chunks of weights, at most 16.
+template <Codes C, int Block>
+constexpr int kPartial = C == Codes::int8 && Block == 64 ? 8 : 16;
+
+// Weights are read once and pushed out first: what must stay near are the activations.
+GLM5_INLINE inline void fetch(const uint8_t* at) { __builtin_prefetch(at, 0, 0); }
+
+// Eight chunks of a weight row with T activation rows, added to 16 partial sums each. Reading a row
 // as one plain stream is what the machine's own prefetching is built for.
 template <Codes C, int Block, int T, bool Whole>
-GLM5_INLINE inline void eight_chunks(const uint8_t* from, int bytes, const int8_t* const (&acts)[T], const int32_t* const (&offsets)[T],
-                                     const float* const (&act_scales)[T], const BlockScales& block_scale, size_t row, int first,
-                                     float* terms, size_t stride) {
+GLM5_INLINE inline void eight_chunks(const uint8_t* from, const uint8_t* ahead, int bytes, const int8_t* const (&acts)[T],
+                                     const int32_t* const (&offsets)[T], const float* const (&act_scales)[T],
+                                     const BlockScales& block_scale, size_t row, int first, int blocks, F32x16 (&sum)[T]) {
   constexpr int kChunk = C == Codes::int4 ? 128 : 64;  // columns in 64 bytes of weights
   constexpr int kBlocks = kChunk / Block;              // 1, 2 or 4
   constexpr int kVectors = (8 * kBlocks + 15) / 16;    // of 16 blocks
   I32x16 acc[T][8];
   each<8>([&](auto c) GLM5_INLINE {
-    if constexpr (Whole) __builtin_prefetch(from + 64 * c + kAhead, 0, 3);
+    if constexpr (Whole) fetch(ahead + 64 * c);
     const Bytes64 w = Whole ? load64(from + 64 * c) : load64(from + 64 * c, std::max(0, bytes - 64 * c));
     each<T>([&](auto t) GLM5_INLINE {
       if (!Whole && bytes <= 64 * c) {
@@ -116,69 +124,65 @@ GLM5_INLINE inline void eight_chunks(const uint8_t* from, int bytes, const int8_
   F32x16 scales[kVectors];
   each<kVectors>([&](auto v) GLM5_INLINE { scales[v] = block_scales(block_scale, row, first + 16 * v); });
   each<T>([&](auto t) GLM5_INLINE {
-    I32x8 q[4];
-    sum_quarters(acc[t], q);
     I32x16 sums[2];
-    if constexpr (kBlocks == 4) interleave4(q, sums);
-    if constexpr (kBlocks == 2) sums[0] = interleave2(add8(q[0], q[1]), add8(q[2], q[3]));
-    if constexpr (kBlocks == 1) sums[0] = widen8(add8(add8(q[0], q[1]), add8(q[2], q[3])));
+    if constexpr (kBlocks == 2) {
+      sums[0] = sum_halves(acc[t]);
+    } else {
+      I32x8 q[4];
+      sum_quarters(acc[t], q);
+      if constexpr (kBlocks == 4) interleave4(q, sums);
+      if constexpr (kBlocks == 1) sums[0] = widen8(add8(add8(q[0], q[1]), add8(q[2], q[3])));
+    }
     each<kVectors>([&](auto v) GLM5_INLINE {
-      const F32x16 exact = to_float(add16(sums[v], load_int16(offsets[t] + first + 16 * v)));
-      store16(terms + static_cast<size_t>(t) * 16 * stride + static_cast<size_t>(first + 16 * v),
-              exact * (scales[v] * load16(act_scales[t] + first + 16 * v)));
+      const int at = first + 16 * v;
+      // Past the last block the scale is 0, so that what was read there adds nothing.
+      const int count = 8 * kBlocks < 16 ? std::min(8, blocks - at) : std::min(16, blocks - at);
+      const F32x16 act = Whole && 8 * kBlocks >= 16 ? load16(act_scales[t] + at) : load16(act_scales[t] + at, std::max(0, count));
+      const F32x16 exact = to_float(add16(sums[v], load_int16(offsets[t] + at)));
+      sum[t] = sum[t] + exact * (scales[v] * act);
     });
   });
 }
 
+// `after`: what will be read next, fetched while the last bytes of these rows are worked on.
 template <Codes C, int Block, int T>
-void few_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int* picks, float* out, size_t ldo) {
+void few_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int* picks, float* out, size_t ldo, const uint8_t* after) {
   constexpr int kChunk = C == Codes::int4 ? 128 : 64;
   constexpr int kBlocks = kChunk / Block;
   const size_t row_bytes = m.row_bytes();
   const int blocks = x.blocks();
   // By value: what the loop writes could otherwise change it, as far as a compiler knows.
   const BlockScales scales = {m.scale_type, m.scales, m.groups(), std::max(1, std::min(m.group, m.cols) / Block)};
-  const size_t stride = static_cast<size_t>((blocks + 31) / 16 * 16);
+  const size_t scale_bytes = static_cast<size_t>(m.groups()) * (m.scale_type == Scales::f32 ? 4 : 2);
   // Where only whole steps are left; the rest of a row goes the careful way.
   const int whole_steps = std::min(static_cast<int>(row_bytes / 512), blocks / (8 * kBlocks));
-  static thread_local std::vector<float> buffer;
-  float* terms = scratch(buffer, stride * 16 * T);
+  const uint8_t* const end = m.data + static_cast<size_t>(r1) * row_bytes;
+  const uint8_t* const beyond = after ? after : end;
   const int32_t* offsets[T];
   const float* act_scales[T];
   each<T>([&](auto t) GLM5_INLINE { offsets[t] = x.offset(picks[t]), act_scales[t] = x.scale(picks[t]); });
 
-  for (int row = r0; row < r1; row += 16) {
-    const int rows = std::min(16, r1 - row);
-    for (int r = 0; r < rows; r++) {
-      const size_t at = static_cast<size_t>(row + r);
-      const uint8_t* from = m.data + at * row_bytes;
-      float* to = terms + static_cast<size_t>(r) * stride;
-      const int8_t* acts[T];
-      each<T>([&](auto t) GLM5_INLINE { acts[t] = x.row(picks[t]); });
-      int step = 0;
-      for (; step < whole_steps; step++, from += 512) {
-        eight_chunks<C, Block, T, true>(from, 512, acts, offsets, act_scales, scales, at, step * 8 * kBlocks, to, stride);
-        each<T>([&](auto t) GLM5_INLINE { acts[t] += 8 * kChunk; });
-      }
-      for (size_t done = static_cast<size_t>(step) * 512; done < row_bytes; done += 512, step++, from += 512) {
-        const int bytes = static_cast<int>(std::min<size_t>(512, row_bytes - done));
-        eight_chunks<C, Block, T, false>(from, bytes, acts, offsets, act_scales, scales, at, step * 8 * kBlocks, to, stride);
-        each<T>([&](auto t) GLM5_INLINE { acts[t] += 8 * kChunk; });
-      }
+  for (int row = r0; row < r1; row++) {
+    const size_t at = static_cast<size_t>(row);
+    const uint8_t* from = m.data + at * row_bytes;
+    const auto* next_scales = static_cast<const uint8_t*>(m.scales) + (at + 2) * scale_bytes;
+    for (size_t i = 0; i < scale_bytes; i += 64) fetch(next_scales + i);
+    const int8_t* acts[T];
+    F32x16 sum[T];
+    each<T>([&](auto t) GLM5_INLINE { acts[t] = x.row(picks[t]), sum[t] = zero16(); });
+    int step = 0;
+    for (; step < whole_steps; step++, from += 512) {
+      const uint8_t* ahead = from + kAhead;
+      if (ahead >= end) ahead = beyond + (ahead - end);
+      eight_chunks<C, Block, T, true>(from, ahead, 512, acts, offsets, act_scales, scales, at, step * 8 * kBlocks, blocks, sum);
+      each<T>([&](auto t) GLM5_INLINE { acts[t] += 8 * kChunk; });
     }
-    // Blocks in rising order, lanes along the rows.
-    each<T>([&](auto t) GLM5_INLINE {
-      F32x16 sum = zero16();
-      const float* mine = terms + static_cast<size_t>(t) * 16 * stride;
-      for (int g = 0; g < blocks; g += 16) {
-        F32x16 lines[16], turned[16];
-        each<16>([&](auto r) GLM5_INLINE { lines[r] = load16(mine + static_cast<size_t>(r) * stride + g); });
-        transpose_floats(lines, turned);
-        if (g + 16 <= blocks) each<16>([&](auto i) GLM5_INLINE { sum = sum + turned[i]; });
-        else each<16>([&](auto i) GLM5_INLINE { if (g + i < blocks) sum = sum + turned[i]; });
-      }
-      store16(out + static_cast<size_t>(t) * ldo + static_cast<size_t>(row - r0), sum, rows);
-    });
+    for (size_t done = static_cast<size_t>(step) * 512; done < row_bytes; done += 512, step++, from += 512) {
+      const int bytes = static_cast<int>(std::min<size_t>(512, row_bytes - done));
+      eight_chunks<C, Block, T, false>(from, from, bytes, acts, offsets, act_scales, scales, at, step * 8 * kBlocks, blocks, sum);
+      each<T>([&](auto t) GLM5_INLINE { acts[t] += 8 * kChunk; });
+    }
+    each<T>([&](auto t) GLM5_INLINE { out[static_cast<size_t>(t) * ldo + static_cast<size_t>(row - r0)] = sum16(sum[t]); });
   }
 }
 
@@ -209,7 +213,8 @@ void panel_tile(const uint8_t* panel, const float* turned, int rows, const Quant
   const int blocks = x.blocks();
   const int8_t* codes[T];
   for (int t = 0; t < T; t++) codes[t] = x.row(picks[t]);
-  alignas(64) float sums[T][kPanel] = {};
+  constexpr int kSums = kPartial<C, Block>;
+  alignas(64) float sums[kSums][T][kPanel];
   for (int b = 0; b < blocks; b++) {
     I32x16 acc[T][2];
     each<T>([&](auto t) GLM5_INLINE { acc[t][0] = acc[t][1] = set_int16(x.offset(picks[t])[b]); });
@@ -241,11 +246,18 @@ void panel_tile(const uint8_t* panel, const float* turned, int rows, const Quant
     const F32x16 scale0 = load16(scales), scale1 = load16(scales + 16);
     each<T>([&](auto t) GLM5_INLINE {
       const F32x16 act = set16(x.scale(picks[t])[b]);
-      store16(sums[t], load16(sums[t]) + to_float(acc[t][0]) * (scale0 * act));
-      store16(sums[t] + 16, load16(sums[t] + 16) + to_float(acc[t][1]) * (scale1 * act));
+      float* sum = sums[b % kSums][t];
+      const F32x16 before0 = b < kSums ? zero16() : load16(sum), before1 = b < kSums ? zero16() : load16(sum + 16);
+      store16(sum, before0 + to_float(acc[t][0]) * (scale0 * act));
+      store16(sum + 16, before1 + to_float(acc[t][1]) * (scale1 * act));
     });
   }
-  for (int t = 0; t < T; t++) std::memcpy(out + static_cast<size_t>(t) * ldo, sums[t], 4 * static_cast<size_t>(rows));
+  // The tree of sum16; partial sums that no block reached are zeros and change nothing.
+  for (int half = 8, used = std::min(kSums, blocks); half; used = std::min(used, half), half /= 2)
+    for (int i = 0; i + half < used; i++)
+      for (int t = 0; t < T; t++)
+        for (int lane = 0; lane < kPanel; lane += 16) store16(sums[i][t] + lane, load16(sums[i][t] + lane) + load16(sums[i + half][t] + lane));
+  for (int t = 0; t < T; t++) std::memcpy(out + static_cast<size_t>(t) * ldo, sums[0][t], 4 * static_cast<size_t>(rows));
 }
 
 template <Codes C, int Block, int T>
@@ -281,9 +293,9 @@ void many_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const in
 template <Codes C, int Block>
 void integer_product_of(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int* picks, int count, float* out, size_t ldo, const uint8_t* after) {
   if (count >= kManyRows) return many_rows<C, Block>(m, r0, r1, x, picks, count, out, ldo, after);
-  if (count == 3) return few_rows<C, Block, 3>(m, r0, r1, x, picks, out, ldo);
-  if (count == 2) return few_rows<C, Block, 2>(m, r0, r1, x, picks, out, ldo);
-  if (count == 1) few_rows<C, Block, 1>(m, r0, r1, x, picks, out, ldo);
+  if (count == 3) return few_rows<C, Block, 3>(m, r0, r1, x, picks, out, ldo, after);
+  if (count == 2) return few_rows<C, Block, 2>(m, r0, r1, x, picks, out, ldo, after);
+  if (count == 1) few_rows<C, Block, 1>(m, r0, r1, x, picks, out, ldo, after);
 }
 
 // out[i * ldo + r - r0] = W[r] . x[picks[i]] for r in [r0, r1), i < count. `after`: weights that the
@@ -381,8 +393,11 @@ void float_tile(const Matrix& m, int row, const float* const* x, float* const* o
   for (int r = 0; r < R; r++) for (int t = 0; t < T; t++) acc[r][t] = zero16();
   const uint8_t* from[R];
   for (int r = 0; r < R; r++) from[r] = m.data + static_cast<size_t>(row + r) * m.row_bytes();
+  const size_t bytes_16 = C == Codes::f32 ? 64 : C == Codes::bf16 || C == Codes::f16 ? 32 : 16;
   int k = 0;
   for (; k + 16 <= m.cols; k += 16) {
+    const size_t at = static_cast<size_t>(k / 16) * bytes_16;
+    if (at % 64 == 0) for (int r = 0; r < R; r++) fetch(from[r] + at + kAhead);
     F32x16 acts[T];
     for (int t = 0; t < T; t++) acts[t] = load16(x[t] + k);
     for (int r = 0; r < R; r++) {
@@ -401,11 +416,12 @@ void float_tile(const Matrix& m, int row, const float* const* x, float* const* o
 
 template <Codes C, int T>
 void float_rows(const Matrix& m, int r0, int r1, const float* const* x, float* const* out) {
+  constexpr int kRows = T < 4 ? 1 : 4;  // few activations: one plain stream of memory
   int row = r0;
   float* at[T];
-  for (; row + 4 <= r1; row += 4) {
+  for (; row + kRows <= r1; row += kRows) {
     for (int t = 0; t < T; t++) at[t] = out[t] + (row - r0);
-    float_tile<C, 4, T>(m, row, x, at);
+    float_tile<C, kRows, T>(m, row, x, at);
   }
   for (; row < r1; row++) {
     for (int t = 0; t < T; t++) at[t] = out[t] + (row - r0);

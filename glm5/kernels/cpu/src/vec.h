@@ -135,6 +135,23 @@ inline float sum16(F32x16 a) {
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
+// Lane i = sum16(a[i]), added in the same order.
+GLM5_INLINE inline F32x16 sum_sixteen(const F32x16 (&a)[16]) {
+  __m512 h[8], q[4], d[2];  // halves, quarters, pairs of two, four and eight vectors side by side
+  each<8>([&](auto i) GLM5_INLINE {
+    h[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 8], 0x44), _mm512_shuffle_f32x4(a[i], a[i + 8], 0xee));
+  });
+  each<4>([&](auto i) GLM5_INLINE {
+    q[i] = _mm512_add_ps(_mm512_shuffle_f32x4(h[i], h[i + 4], 0x88), _mm512_shuffle_f32x4(h[i], h[i + 4], 0xdd));
+  });
+  each<2>([&](auto i) GLM5_INLINE {
+    d[i] = _mm512_add_ps(_mm512_shuffle_ps(q[i], q[i + 2], 0x44), _mm512_shuffle_ps(q[i], q[i + 2], 0xee));
+  });
+  const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(d[0], d[1], 0x88), _mm512_shuffle_ps(d[0], d[1], 0xdd));
+  // Where the shuffles left the sum of each vector.
+  const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+  return _mm512_permutexvar_ps(order, sums);
+}
 inline float top16(F32x16 a) { return _mm512_reduce_max_ps(a); }
 
 inline F32x8 zero8() { return _mm256_setzero_ps(); }
@@ -195,12 +212,24 @@ GLM5_INLINE inline void sum_quarters(const I32x16 (&v)[8], I32x8 (&out)[4]) {
   out[3] = _mm512_extracti64x4_epi64(b, 1);
 }
 
-inline I32x16 add16(I32x16 a, I32x16 b) { return a + b; }
-// a0 b0 a1 b1 ...
-inline I32x16 interleave2(I32x8 a, I32x8 b) {
-  const __m512i order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
-  return (I32x16)_mm512_permutexvar_epi32(order, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+// Eight rows of sixteen partial sums to the sums of their halves: row 0 low, row 0 high, row 1 low ...
+GLM5_INLINE inline I32x16 sum_halves(const I32x16 (&v)[8]) {
+  __m512i pairs[4], fours[2];
+  each<4>([&](auto i) GLM5_INLINE {
+    const __m512i even = (__m512i)v[2 * i], odd = (__m512i)v[2 * i + 1];
+    pairs[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(even, odd), _mm512_unpackhi_epi32(even, odd));
+  });
+  each<2>([&](auto i) GLM5_INLINE {
+    fours[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(pairs[2 * i], pairs[2 * i + 1]),
+                                _mm512_unpackhi_epi64(pairs[2 * i], pairs[2 * i + 1]));
+  });
+  const __m512i inner = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 16, 24, 17, 25, 18, 26, 19, 27);
+  const __m512i outer = _mm512_setr_epi32(4, 12, 5, 13, 6, 14, 7, 15, 20, 28, 21, 29, 22, 30, 23, 31);
+  return (I32x16)_mm512_add_epi32(_mm512_permutex2var_epi32(fours[0], inner, fours[1]),
+                                  _mm512_permutex2var_epi32(fours[0], outer, fours[1]));
 }
+
+inline I32x16 add16(I32x16 a, I32x16 b) { return a + b; }
 // q0[0] q1[0] q2[0] q3[0] q0[1] ...
 inline void interleave4(const I32x8 (&q)[4], I32x16 (&out)[2]) {
   const __m512i first = _mm512_inserti64x4(_mm512_castsi256_si512(q[0]), q[1], 1);
@@ -444,6 +473,11 @@ inline float sum16(F32x16 a) {
   float q0 = h[0] + h[4], q1 = h[1] + h[5], q2 = h[2] + h[6], q3 = h[3] + h[7];
   return (q0 + q2) + (q1 + q3);
 }
+inline F32x16 sum_sixteen(const F32x16 (&a)[16]) {
+  float sums[16];
+  for (int i = 0; i < 16; i++) sums[i] = sum16(a[i]);
+  return load16(sums);
+}
 inline float top16(F32x16 a) {
   float h[8];
   store8(h, max8(a.lo, a.hi));
@@ -504,6 +538,11 @@ inline I32x16 interleave2(I32x8 a, I32x8 b) {
   get_lanes(from[1], b);
   for (int i = 0; i < 16; i++) to[i] = from[i % 2][i / 2];
   return load_int16(to);
+}
+inline I32x16 sum_halves(const I32x16 (&v)[8]) {
+  I32x8 q[4];
+  sum_quarters(v, q);
+  return interleave2(add8(q[0], q[1]), add8(q[2], q[3]));
 }
 inline void interleave4(const I32x8 (&q)[4], I32x16 (&out)[2]) {
   int32_t from[4][8], to[32];
