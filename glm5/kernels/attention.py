@@ -1,7 +1,7 @@
-"""MLA and its indexer on the native kernels, for few queries over a cache.
+"""MLA and its indexer on the native kernels: few queries over a cache, and prompts.
 
-The module is `MultiHeadLatentAttention` itself with another forward: where the kernels do not apply
-(a prompt, a GPU, gradients, other rotations) it falls back to the plain one.
+The module is `MultiHeadLatentAttention` itself with other methods: where the kernels do not apply
+(a GPU, gradients, other rotations, widths that are no multiples of 16) it falls back to the plain ones.
 Letters: B rows, T queries, N = B T, S slots, H heads, C latent + rotary, K selected.
 """
 
@@ -90,6 +90,26 @@ class NativeAttention(MultiHeadLatentAttention):
         fits = self.interleaved and all(width % 16 == 0 for width in widths)
         few = self._absorbed_is_cheaper(x_BTD.shape[1], visible.num_keys)
         return runs_natively(x_BTD) and self.kv_b_proj.weight.device.type == "cpu" and fits and few
+
+    def _expanded(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latents_BSC: Tensor,
+        visible: Visibility,
+        selection: Selection | None,
+    ) -> Tensor:
+        widths = (self.nope_dim, self.rotary_dim, self.value_dim)
+        if not runs_natively(q_nope) or any(width % 16 for width in widths):
+            return super()._expanded(q_nope, q_rope, latents_BSC, visible, selection)
+        latent, k_rope = latents_BSC.split_with_sizes([self.latent_dim, self.rotary_dim], dim=-1)
+        kv = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1))
+        k_nope, value = kv.split_with_sizes([self.nope_dim, self.value_dim], dim=-1)
+        mask = visible.mask_BTS if selection is None else selection.mask_BTS
+        return cpu.attend_prompt(
+            q_nope, k_nope, value, scale=self.scale, q_shared_BTHr=q_rope, k_shared_BSr=k_rope,
+            causal=mask is None and visible.is_causal, visible_BTS=mask,
+        )  # fmt: skip
 
     def _select(
         self, x_BTD: Tensor, q_latent: Tensor, angles: Rotation, turns: Tensor, rows: Tensor,

@@ -20,9 +20,7 @@ def quantise_activations(x_TD: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return codes.flatten(1), (peak / 127.0).squeeze(2)
 
 
-def integer_linear(
-    x_TD: Tensor, codes_RD: Tensor, scales_RG: Tensor, block: int, bits: int = 4
-) -> Tensor:
+def integer_linear(x_TD: Tensor, codes_RD: Tensor, scales_RG: Tensor, block: int, bits: int = 4) -> Tensor:
     """x W^T through int8 activations, fp32 [T, R].
 
     Sums are exact within a block; block b, in rising order, adds to partial sum b % 16, every operation

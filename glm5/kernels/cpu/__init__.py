@@ -246,6 +246,52 @@ def attend(
     return out
 
 
+def attend_prompt(
+    q_BTHo: Tensor, k_BSGo: Tensor, v_BSGv: Tensor, *, scale: float, q_shared_BTHr: Tensor | None = None,
+    k_shared_BSr: Tensor | None = None, causal: bool = False, visible_BTS: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Softmax attention in fp32 of many queries; returns [B, T, H, v] in the dtype of `q`.
+
+    q [B, T, H, o], k [B, S, G, o], v [B, S, G, v], fp32 or bf16 alike; G divides H. With the shared
+    part a score is q . k + q_shared . k_shared, one key of width r for all heads (fp32 or bf16).
+    causal: the queries are the last T of the S slots. visible: bool [B or 1, T, S] instead. A query
+    that sees nothing gets zeros. All widths are multiples of 16; the last dimensions are contiguous.
+    """
+    batch, queries, heads, own = q_BTHo.shape
+    keys, kv_heads, value = k_BSGo.shape[1], k_BSGo.shape[2], v_BSGv.shape[3]
+    shared = 0 if q_shared_BTHr is None else q_shared_BTHr.shape[3]
+    parts = [q_BTHo, k_BSGo, v_BSGv] + ([] if q_shared_BTHr is None else [q_shared_BTHr])
+    _need(all(p.dtype == q_BTHo.dtype and p.dtype in _ACTIVATIONS for p in parts), "dtypes differ")
+    _need(k_BSGo.shape == (batch, keys, kv_heads, own) and heads % kv_heads == 0, "keys have other sizes")
+    _need(v_BSGv.shape[:3] == k_BSGo.shape[:3], "values have other sizes")
+    _need(all(width % 16 == 0 for width in (own, shared, value)), "widths are no multiples of 16")
+    _need(not causal or (visible_BTS is None and queries <= keys), "causal with a mask, or too few keys")
+    if q_shared_BTHr is not None:
+        assert k_shared_BSr is not None
+        _need(q_shared_BTHr.shape == (batch, queries, heads, shared), "shared queries have other sizes")
+        _need(k_shared_BSr.shape == (batch, keys, shared), "shared keys have other sizes")
+        _need(k_shared_BSr.dtype in _ACTIVATIONS, "shared keys are fp32 or bf16")
+        parts.append(k_shared_BSr)
+    _need(all(p.stride(-1) == 1 and p.device.type == "cpu" for p in parts), "last dimensions are contiguous")
+    if visible_BTS is not None:
+        visible_BTS = visible_BTS.contiguous()
+        _need(visible_BTS.shape in ((batch, queries, keys), (1, queries, keys)), "visible is [B or 1, T, S]")
+        _need(visible_BTS.dtype == torch.bool, "visible is bool")
+    out = torch.empty(batch, queries, heads, value, dtype=q_BTHo.dtype)
+
+    def place(tensor: Tensor | None, dims: int) -> tuple[int, list[int]]:
+        return (0, [0] * dims) if tensor is None else (tensor.data_ptr(), list(tensor.stride()[:dims]))
+
+    per_row = 0 if visible_BTS is None or visible_BTS.shape[0] == 1 else queries * keys
+    _cpu.attend_prompt(
+        *place(q_BTHo, 3), *place(q_shared_BTHr, 3), *place(k_BSGo, 3), *place(k_shared_BSr, 2), *place(v_BSGv, 3),
+        out.data_ptr(), q_BTHo.dtype == torch.bfloat16, shared > 0 and k_shared_BSr.dtype == torch.bfloat16,
+        [batch, queries, keys, heads, kv_heads, own, shared, value], causal,
+        0 if visible_BTS is None else visible_BTS.data_ptr(), per_row, scale,
+    )  # fmt: skip
+    return out
+
+
 def select(
     q_NHd: Tensor, turns_Nr: Tensor, weights_NH: Tensor, cache_BSd: Tensor, rows: Tensor, topk: int,
     visible_NS: Tensor | None = None,

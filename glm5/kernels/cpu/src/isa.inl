@@ -4,11 +4,12 @@
 #include "attention.h"
 #include "ceilings.h"
 #include "layers.h"
+#include "prompt.h"
 #include "rounding.h"
 
 namespace glm5 {
 namespace GLM5_ISA {
 extern const Table functions;
-const Table functions = {GLM5_ISA_NAME, linear, moe, attend, select, round_weights, read_all, spin_products};
+const Table functions = {GLM5_ISA_NAME, linear, moe, attend, attend_prompt, select, round_weights, read_all, spin_products};
 }  // namespace GLM5_ISA
 }  // namespace glm5

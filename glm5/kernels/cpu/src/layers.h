@@ -17,6 +17,7 @@ constexpr int kItemRows = 64;     // weight rows in an item: whole blocks of the
 constexpr int kLongRows = 256;    // the same for few activation rows: long stretches of memory
 constexpr int kItemsAThread = 6;  // enough to share out evenly, few enough to read long runs
 constexpr int kItemTokens = 240;  // activation rows in an item: their sums stay in the second cache
+constexpr int kDownTokens = 4096;  // tokens whose outputs an item of the second half adds up
 constexpr int kFewTokens = kItemRows * kItemTokens / kLongRows;
 
 // Weight rows in an item, of `rows` in all, when that many activation rows pass.
@@ -267,9 +268,10 @@ inline void moe(const MoeCall& call) {
   items.clear();
   int all_rows = 0;
   for (size_t f = 0; f < used; f++) all_rows += feeds[f].expert->gate.rows;
-  const int up_rows = item_rows(all_rows, count), down_rows = item_rows(layer.hidden, count);
+  const int down_rows = item_rows(layer.hidden, count);
   for (size_t f = 0; f < used; f++) {
     const int tokens = static_cast<int>(feeds[f].tokens.size()), width = feeds[f].expert->gate.rows;
+    const int up_rows = item_rows(all_rows, tokens);
     for (int t0 = 0; t0 < tokens; t0 += kItemTokens)
       for (int r0 = 0; r0 < width; r0 += up_rows)
         items.push_back({static_cast<int>(f), t0, std::min(tokens, t0 + kItemTokens), r0, std::min(width, r0 + up_rows)});
@@ -278,17 +280,18 @@ inline void moe(const MoeCall& call) {
     const Item& item = items[static_cast<size_t>(i)];
     const Feed& feed = feeds[static_cast<size_t>(item.feed)];
     const int kind = static_cast<size_t>(item.feed) < routed ? 0 : 1, rows = item.r1 - item.r0;
+    const size_t line = static_cast<size_t>(rows + 15) / 16 * 16;
     float gate[kItemRows * kItemTokens], up[kItemRows * kItemTokens];
-    product(feed.expert->gate, call.exact, item.r0, item.r1, in, feed.tokens.data() + item.t0, item.t1 - item.t0, gate, static_cast<size_t>(up_rows),
+    product(feed.expert->gate, call.exact, item.r0, item.r1, in, feed.tokens.data() + item.t0, item.t1 - item.t0, gate, line,
             row_of(feed.expert->up, item.r0));
-    product(feed.expert->up, call.exact, item.r0, item.r1, in, feed.tokens.data() + item.t0, item.t1 - item.t0, up, static_cast<size_t>(up_rows),
+    product(feed.expert->up, call.exact, item.r0, item.r1, in, feed.tokens.data() + item.t0, item.t1 - item.t0, up, line,
             row_of(feed.expert->gate, item.r1));
     const Matrix& down = feed.expert->down;
     const bool integers = by_integers(down, call.exact);
     QuantisedRows& to = down.codes == Codes::int4 ? acts4[kind] : acts8[kind];
     for (int t = item.t0; t < item.t1; t++) {
-      float* row = gate + static_cast<size_t>(t - item.t0) * up_rows;
-      silu_times(row, up + static_cast<size_t>(t - item.t0) * up_rows, rows);
+      float* row = gate + static_cast<size_t>(t - item.t0) * line;
+      silu_times(row, up + static_cast<size_t>(t - item.t0) * line, rows);
       const int at = feed.first + t;
       if (!integers) {
         std::memcpy(acts[kind].data() + static_cast<size_t>(at) * down.cols + item.r0, row, 4 * static_cast<size_t>(rows));
@@ -300,30 +303,36 @@ inline void moe(const MoeCall& call) {
   });
 
   // Down, a band of output columns at a time over all experts, so that nothing is added twice at once.
-  const int bands = (layer.hidden + down_rows - 1) / down_rows, token_items = (count + kItemTokens - 1) / kItemTokens;
+  // An expert's tokens stay together: each run of them reads its weights again.
+  const int bands = (layer.hidden + down_rows - 1) / down_rows, token_items = (count + kDownTokens - 1) / kDownTokens;
+  const size_t line = static_cast<size_t>(down_rows);
   parallel_runs(bands * token_items, [&](int i) {
     const int r0 = i / token_items * down_rows, r1 = std::min(layer.hidden, r0 + down_rows), rows = r1 - r0;
-    const int t0 = i % token_items * kItemTokens, t1 = std::min(count, t0 + kItemTokens);
-    float total[kItemRows * kItemTokens], sums[kItemRows * kItemTokens];
-    std::memset(total, 0, sizeof(float) * down_rows * static_cast<size_t>(t1 - t0));
+    const int t0 = i % token_items * kDownTokens, t1 = std::min(count, t0 + kDownTokens);
+    static thread_local std::vector<float> buffer;
+    float* total = scratch(buffer, static_cast<size_t>(t1 - t0) * line);
+    float sums[kItemRows * kItemTokens];
+    std::memset(total, 0, sizeof(float) * static_cast<size_t>(t1 - t0) * line);
     for (size_t f = 0; f < used; f++) {
       const Feed& feed = feeds[f];
       const int kind = f < routed ? 0 : 1;
       const auto begin = std::lower_bound(feed.tokens.begin(), feed.tokens.end(), t0);
       const auto end = std::lower_bound(begin, feed.tokens.end(), t1);
-      const int from = static_cast<int>(begin - feed.tokens.begin()), n = static_cast<int>(end - begin);
-      if (!n) continue;
+      const int from = static_cast<int>(begin - feed.tokens.begin()), to = static_cast<int>(end - feed.tokens.begin());
       const Matrix& down = feed.expert->down;
-      const int* picks = counting(feed.first + from + n) + feed.first + from;
-      if (!by_integers(down, call.exact)) float_product(down, r0, r1, acts[kind].data(), static_cast<size_t>(down.cols), picks, n, sums, static_cast<size_t>(down_rows));
-      else integer_product(down, r0, r1, down.codes == Codes::int4 ? acts4[kind] : acts8[kind], picks, n, sums, static_cast<size_t>(down_rows),
-                           row_of(f + 1 < used ? feeds[f + 1].expert->down : down, f + 1 < used ? r0 : r1));
-      for (int t = 0; t < n; t++)
-        add_scaled(total + static_cast<size_t>(feed.tokens[static_cast<size_t>(from + t)] - t0) * down_rows, sums + static_cast<size_t>(t) * down_rows,
-                   feed.weights[static_cast<size_t>(from + t)], rows);
+      const uint8_t* next = f + 1 < used ? row_of(feeds[f + 1].expert->down, r0) : row_of(down, r1);
+      for (int done = from, n; done < to; done += n) {
+        n = std::min(kItemTokens, to - done);
+        const int* picks = counting(feed.first + done + n) + feed.first + done;
+        if (!by_integers(down, call.exact)) float_product(down, r0, r1, acts[kind].data(), static_cast<size_t>(down.cols), picks, n, sums, line);
+        else integer_product(down, r0, r1, down.codes == Codes::int4 ? acts4[kind] : acts8[kind], picks, n, sums, line, next);
+        for (int t = 0; t < n; t++)
+          add_scaled(total + static_cast<size_t>(feed.tokens[static_cast<size_t>(done + t)] - t0) * line, sums + static_cast<size_t>(t) * line,
+                     feed.weights[static_cast<size_t>(done + t)], rows);
+      }
     }
     for (int t = t0; t < t1; t++) {
-      float* row = total + static_cast<size_t>(t - t0) * down_rows;
+      float* row = total + static_cast<size_t>(t - t0) * line;
       const size_t at = static_cast<size_t>(t) * layer.hidden + r0;
       if (call.add) {
         float other[kLongRows];

@@ -73,6 +73,24 @@ void run_attend(const Matrix& kv_b, uintptr_t q, bool bf16, uintptr_t turns, uin
   table().attend(call);
 }
 
+void run_attend_prompt(uintptr_t q_own, std::vector<size_t> q_own_at, uintptr_t q_shared, std::vector<size_t> q_shared_at, uintptr_t k_own,
+                       std::vector<size_t> k_own_at, uintptr_t k_shared, std::vector<size_t> k_shared_at, uintptr_t v, std::vector<size_t> v_at,
+                       uintptr_t out, bool bf16, bool shared_bf16, std::vector<int> sizes, bool causal, uintptr_t visible, size_t visible_at, float scale) {
+  if (q_own_at.size() != 3 || q_shared_at.size() != 3 || k_own_at.size() != 3 || k_shared_at.size() != 2 || v_at.size() != 3 || sizes.size() != 8)
+    throw std::invalid_argument("offsets or sizes are incomplete");
+  PromptCall call;
+  call.q_own = at<const void>(q_own), call.q_shared = at<const void>(q_shared), call.k_own = at<const void>(k_own);
+  call.k_shared = at<const void>(k_shared), call.v = at<const void>(v), call.out = at<void>(out);
+  for (size_t i = 0; i < 3; i++) call.q_own_at[i] = q_own_at[i], call.q_shared_at[i] = q_shared_at[i], call.k_own_at[i] = k_own_at[i], call.v_at[i] = v_at[i];
+  for (size_t i = 0; i < 2; i++) call.k_shared_at[i] = k_shared_at[i];
+  call.bf16 = bf16, call.shared_bf16 = shared_bf16;
+  call.batch = sizes[0], call.queries = sizes[1], call.keys = sizes[2], call.heads = sizes[3], call.kv_heads = sizes[4];
+  call.own = sizes[5], call.shared = sizes[6], call.value = sizes[7];
+  call.causal = causal, call.visible = at<const uint8_t>(visible), call.visible_at = visible_at, call.scale = scale;
+  nb::gil_scoped_release release;
+  table().attend_prompt(call);
+}
+
 void run_select(uintptr_t q, bool bf16, uintptr_t turns, uintptr_t weights, uintptr_t cache, bool bf16_cache, size_t cache_row_bytes,
                 int count, int heads, int width, int rotary, int keys, int topk, uintptr_t cache_rows, uintptr_t visible,
                 uintptr_t slots, uintptr_t counts) {
@@ -128,6 +146,7 @@ NB_MODULE(_cpu, m) {
   m.def("linear", &run_linear);
   m.def("moe", &run_moe);
   m.def("attend", &run_attend);
+  m.def("attend_prompt", &run_attend_prompt);
   m.def("select", &run_select);
   m.def("round_weights", &run_round);
   m.def("read_all", [](uintptr_t data, size_t bytes) {

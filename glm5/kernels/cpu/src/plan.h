@@ -95,6 +95,20 @@ struct SelectCall {
   int32_t* counts = nullptr;         // [count]
 };
 
+// Attention of a prompt: every head has keys and values. A head's query and key are its own part,
+// then a part whose key all heads share. Offsets in elements: batch row, token, head.
+struct PromptCall {
+  const void *q_own = nullptr, *q_shared = nullptr, *k_own = nullptr, *k_shared = nullptr, *v = nullptr;
+  size_t q_own_at[3] = {}, q_shared_at[3] = {}, k_own_at[3] = {}, k_shared_at[2] = {}, v_at[3] = {};
+  void* out = nullptr;                    // [batch, queries, heads, value]
+  bool bf16 = false, shared_bf16 = false;  // all but k_shared; k_shared
+  int batch = 0, queries = 0, keys = 0, heads = 0, kv_heads = 0, own = 0, shared = 0, value = 0;  // widths in 16s
+  bool causal = false;               // the queries are the last of the keys
+  const uint8_t* visible = nullptr;  // [batch or 1, queries, keys]; null = all, or causal
+  size_t visible_at = 0;             // 0 = one for all rows
+  float scale = 1;
+};
+
 struct RoundCall {
   const void* weights = nullptr;  // [rows, cols], finite
   Codes dtype = Codes::f32;       // bf16, f16 or f32
@@ -112,6 +126,7 @@ struct Table {
   void (*linear)(const LinearCall&);
   void (*moe)(const MoeCall&);
   void (*attend)(const AttendCall&);
+  void (*attend_prompt)(const PromptCall&);
   void (*select)(const SelectCall&);
   void (*round_weights)(const RoundCall&);
   uint64_t (*read_all)(const uint8_t* data, size_t bytes);
