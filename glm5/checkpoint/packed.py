@@ -20,9 +20,11 @@ from glm5.checkpoint.shards import ShardIndex
 from glm5.errors import CheckpointError
 from glm5.kernels import cpu
 from glm5.kernels.attention import NativeAttention
+from glm5.kernels.decoder import NativeDecoderLayer
 from glm5.kernels.modules import (
     PROJECTIONS,
     NativeLinear,
+    NativeNorm,
     Packed,
     PackedExperts,
     PackedLinear,
@@ -34,7 +36,8 @@ from glm5.kernels.packing import BITS
 from glm5.model.attention import MultiHeadLatentAttention
 from glm5.model.linear import Linear
 from glm5.model.moe import MLP, MixtureOfExperts
-from glm5.model.transformer import GlmForCausalLM
+from glm5.model.norms import RMSNorm
+from glm5.model.transformer import DecoderLayer, GlmForCausalLM
 
 _SCALES = (torch.bfloat16, torch.float16, torch.float32)
 SchemeOf = Callable[[str], Scheme | None]
@@ -87,8 +90,13 @@ def place_modules(model: nn.Module, device: torch.device) -> None:
             module.place(device)
         elif type(module) is Linear and device.type == "cpu":
             NativeLinear.of(module)
+        elif type(module) is RMSNorm and device.type == "cpu":
+            NativeNorm.of(module)
         elif type(module) is MultiHeadLatentAttention and device.type == "cpu":
             NativeAttention.of(module)
+    for module in list(model.modules()):
+        if isinstance(module, DecoderLayer) and device.type == "cpu":
+            NativeDecoderLayer.of(module)
 
 
 def is_packed(model: nn.Module) -> bool:

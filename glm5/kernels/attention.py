@@ -117,7 +117,7 @@ class NativeAttention(MultiHeadLatentAttention):
     ) -> Selection | None:  # fmt: skip
         indexer = self.indexer
         assert indexer is not None
-        fits = indexer.interleaved and indexer.num_heads in cpu.INDEX_HEADS and indexer.head_dim % 16 == 0
+        fits = indexer.interleaved and indexer.num_heads <= cpu.MAX_INDEX_HEADS and indexer.head_dim % 16 == 0
         if not fits or indexer.head_dim > 256:
             return indexer(x_BTD, q_latent, angles, visible, cache)
         batch, queries, _ = x_BTD.shape

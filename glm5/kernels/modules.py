@@ -21,6 +21,7 @@ from glm5.kernels.memory import empty_weights
 from glm5.kernels.packing import dequantise, words_per_row
 from glm5.model.linear import Linear
 from glm5.model.moe import MLP, MixtureOfExperts
+from glm5.model.norms import RMSNorm
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _NATIVE = (torch.float32, torch.bfloat16)
@@ -231,11 +232,30 @@ class NativeLinear(Linear):
         return layer
 
     @cached_property
-    def _matrix(self) -> cpu.Matrix:
+    def matrix(self) -> cpu.Matrix:
         return cpu.Matrix(self.weight.detach())
 
     def forward(self, input: Tensor) -> Tensor:
         if not runs_natively(input) or self.weight.device.type != "cpu":
             return super().forward(input)
         bias = None if self.bias is None else self.bias.float()
-        return cpu.linear(input, self._matrix, bias=bias)
+        return cpu.linear(input, self.matrix, bias=bias)
+
+
+class NativeNorm(RMSNorm):
+    """RMSNorm by the native library: one call a row, and no row depends on its neighbours."""
+
+    @classmethod
+    def of(cls, norm: RMSNorm) -> NativeNorm:
+        norm.__class__ = cls
+        assert isinstance(norm, NativeNorm)
+        return norm
+
+    @cached_property
+    def _floats(self) -> Tensor:
+        return self.weight.detach().float().contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not runs_natively(x) or self.weight.device.type != "cpu" or x.dtype != self.weight.dtype:
+            return super().forward(x)
+        return cpu.rms_norm(x, self._floats, self.eps)

@@ -35,6 +35,11 @@ class LayerCache:
         """Add rows [latent | rotated key]; returns all of them, [B, S, C]."""
         return self._owner.write(self._latents, latents_BTC)
 
+    def room(self, tokens: int) -> tuple[Tensor, Tensor | None]:
+        """Latents and index keys [B, capacity, ..], with room for `tokens` more behind `length`."""
+        self._owner.check_room(self._owner.length + tokens)
+        return self._latents, self._index_keys
+
     def append_index_keys(self, keys_BTd: Tensor) -> Tensor:
         assert self._index_keys is not None
         return self._owner.write(self._index_keys, keys_BTd)
@@ -76,10 +81,13 @@ class Cache:
         end = self.length + rows.shape[1]
         if rows.shape[0] != self.batch:  # one row would be spread over all of them
             raise RequestError(f"the cache is for {self.batch} rows, not {rows.shape[0]}")
-        if end > self.capacity:
-            raise RequestError(f"the cache holds {self.capacity} tokens, {end} are needed")
+        self.check_room(end)
         buffer[:, self.length : end] = rows
         return buffer[:, :end]
+
+    def check_room(self, end: int) -> None:
+        if end > self.capacity:
+            raise RequestError(f"the cache holds {self.capacity} tokens, {end} are needed")
 
     def next_positions(self, batch: int) -> Tensor | int:
         """The position of each row's next token: 0 while nothing is held, else [B, 1]."""
@@ -97,8 +105,7 @@ class Cache:
         start, end = self.length, self.length + places.positions.shape[1]
         if places.positions.shape[0] not in (1, self.batch):
             raise RequestError(f"the cache is for {self.batch} rows, not {places.positions.shape[0]}")
-        if end > self.capacity:
-            raise RequestError(f"the cache holds {self.capacity} tokens, {end} are needed")
+        self.check_room(end)
         self._positions[:, start:end] = places.positions
         self._valid = self._note(self._valid, places.valid, start, end, absent=True)
         self._prefix = self._note(self._prefix, places.prefix, start, end, absent=False)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_fixture import INSTRUCTION_SETS, on_each, on_threads
 from torch import Tensor
 
 from glm5.kernels import cpu
+from tests.kernels.kernel_fixture import INSTRUCTION_SETS, on_each, on_threads
 
 
 def plain(

@@ -18,7 +18,7 @@ from glm5.kernels.packing import words_per_row
 
 _FLOAT_CODES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}
 _E4M3 = 9
-INDEX_HEADS = (16, 32, 64)
+MAX_INDEX_HEADS = 64
 _ACTIVATIONS = (torch.float32, torch.bfloat16)
 
 
@@ -120,6 +120,22 @@ def linear(
         matrix.handle, x.data_ptr(), x.dtype == torch.bfloat16, x.numel() // matrix.columns, out.data_ptr(),
         dtype == torch.bfloat16, _floats(bias, matrix.rows), 0 if add is None else add.data_ptr(),
         _floats(norm, matrix.columns), eps, exact,
+    )  # fmt: skip
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, like x (fp32 or bf16).
+
+    weight: fp32 [D]. In bf16 the normalised value is rounded before the weight is applied, as
+    `RMSNorm` does it. A row's result does not depend on the rows beside it.
+    """
+    columns = weight.numel()
+    x = _activations(x, columns)
+    out = torch.empty_like(x)
+    _cpu.rms_norm(
+        x.data_ptr(), x.dtype == torch.bfloat16, x.numel() // columns, columns, _floats(weight, columns),
+        eps, out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -283,9 +299,10 @@ def attend_prompt(
         return (0, [0] * dims) if tensor is None else (tensor.data_ptr(), list(tensor.stride()[:dims]))
 
     per_row = 0 if visible_BTS is None or visible_BTS.shape[0] == 1 else queries * keys
+    shared_bf16 = k_shared_BSr is not None and k_shared_BSr.dtype == torch.bfloat16
     _cpu.attend_prompt(
-        *place(q_BTHo, 3), *place(q_shared_BTHr, 3), *place(k_BSGo, 3), *place(k_shared_BSr, 2), *place(v_BSGv, 3),
-        out.data_ptr(), q_BTHo.dtype == torch.bfloat16, shared > 0 and k_shared_BSr.dtype == torch.bfloat16,
+        *place(q_BTHo, 3), *place(q_shared_BTHr, 3), *place(k_BSGo, 3), *place(k_shared_BSr, 2),
+        *place(v_BSGv, 3), out.data_ptr(), q_BTHo.dtype == torch.bfloat16, shared_bf16,
         [batch, queries, keys, heads, kv_heads, own, shared, value], causal,
         0 if visible_BTS is None else visible_BTS.data_ptr(), per_row, scale,
     )  # fmt: skip
@@ -298,12 +315,12 @@ def select(
 ) -> Slots:  # fmt: skip
     """The topk slots of largest index score; equal scores: the lowest slot. S > topk.
 
-    q: [N, H, d] with H 16, 32 or 64, not yet rotated. weights: fp32 [N, H], scaled.
+    q: [N, H, d] with H <= 64, not yet rotated. weights: fp32 [N, H], scaled.
     visible: bool [N, S]; None = every slot.
     """
     count, heads, width = q_NHd.shape
     keys = cache_BSd.shape[1]
-    _need(heads in INDEX_HEADS and width % 16 == 0 and width <= 256, "index heads of this shape")
+    _need(heads <= MAX_INDEX_HEADS and width % 16 == 0 and width <= 256, "index heads of this shape")
     _need(cache_BSd.stride()[1:] == (width, 1), "cache rows are not contiguous")
     _need(weights_NH.dtype == torch.float32 and weights_NH.is_contiguous(), "weights are fp32")
     q_NHd, turns_Nr = q_NHd.contiguous(), turns_Nr.contiguous()

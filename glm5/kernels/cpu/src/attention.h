@@ -238,19 +238,27 @@ inline int select_slots(const float* scores, int count, int topk, int32_t* slots
 }
 
 inline void select(const SelectCall& call) {
-  const int vectors = call.heads / 16;
+  const int vectors = call.heads <= 16 ? 1 : call.heads <= 32 ? 2 : 4;
+  const size_t lanes = static_cast<size_t>(vectors) * 16;  // heads that are not there have no weight
   constexpr int kBand = 1024;
-  static thread_local std::vector<float> score_store, turned_store;
+  static thread_local std::vector<float> score_store, turned_store, weight_store;
   float* scores = scratch(score_store, static_cast<size_t>(call.count) * call.keys);
-  float* turned = scratch(turned_store, static_cast<size_t>(call.count) * call.width * call.heads);
-  for (int t = 0; t < call.count; t++)
+  float* turned = scratch(turned_store, static_cast<size_t>(call.count) * call.width * lanes);
+  float* weighed = scratch(weight_store, static_cast<size_t>(call.count) * lanes);
+  if (lanes != static_cast<size_t>(call.heads)) {
+    std::memset(turned, 0, 4 * static_cast<size_t>(call.count) * call.width * lanes);
+    std::memset(weighed, 0, 4 * static_cast<size_t>(call.count) * lanes);
+  }
+  for (int t = 0; t < call.count; t++) {
+    std::memcpy(weighed + static_cast<size_t>(t) * lanes, call.weights + static_cast<size_t>(t) * call.heads, 4 * static_cast<size_t>(call.heads));
     for (int h = 0; h < call.heads; h++) {
       float one[256];
       const size_t at = (static_cast<size_t>(t) * call.heads + h) * call.width;
       widen(static_cast<const char*>(call.q) + at * (call.bf16 ? 2 : 4), call.bf16, one, call.width);
       rotate_pairs(one, call.turns + static_cast<size_t>(t) * call.rotary, call.rotary / 2);
-      for (int d = 0; d < call.width; d++) turned[(static_cast<size_t>(t) * call.width + d) * call.heads + h] = one[d];
+      for (int d = 0; d < call.width; d++) turned[(static_cast<size_t>(t) * call.width + d) * lanes + h] = one[d];
     }
+  }
   const int bands = (call.keys + kBand - 1) / kBand;
   parallel(bands * call.count, [&](int item) {
     const int t = item / bands, first = item % bands * kBand, count = std::min(kBand, call.keys - first);
@@ -261,8 +269,8 @@ inline void select(const SelectCall& call) {
     for (int s = 0; s < count; s += 64) {
       const int here = std::min(64, count - s);
       widen(from + static_cast<size_t>(first + s) * call.width * (call.bf16_cache ? 2 : 4), call.bf16_cache, keys, here * call.width);
-      const float* q = turned + static_cast<size_t>(t) * call.width * call.heads;
-      const float* weights = call.weights + static_cast<size_t>(t) * call.heads;
+      const float* q = turned + static_cast<size_t>(t) * call.width * lanes;
+      const float* weights = weighed + static_cast<size_t>(t) * lanes;
       if (vectors == 2) index_scores<2>(q, weights, keys, here, call.width, mine + s);
       else if (vectors == 4) index_scores<4>(q, weights, keys, here, call.width, mine + s);
       else index_scores<1>(q, weights, keys, here, call.width, mine + s);

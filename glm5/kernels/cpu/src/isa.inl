@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "ceilings.h"
+#include "decoder.h"
 #include "layers.h"
 #include "prompt.h"
 #include "rounding.h"
@@ -10,6 +11,6 @@
 namespace glm5 {
 namespace GLM5_ISA {
 extern const Table functions;
-const Table functions = {GLM5_ISA_NAME, linear, moe, attend, attend_prompt, select, round_weights, read_all, spin_products};
+const Table functions = {GLM5_ISA_NAME, linear, norm_rows, moe, attend, attend_prompt, select, decode_layer, round_weights, read_all, spin_products};
 }  // namespace GLM5_ISA
 }  // namespace glm5

@@ -4,7 +4,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <initializer_list>
 #include <stdexcept>
+#include <utility>
 
 #include "plan.h"
 #include "threads.h"
@@ -44,6 +46,14 @@ void run_linear(const Matrix& matrix, uintptr_t x, bool x_bf16, int count, uintp
   call.output = &output, call.outputs = 1;
   nb::gil_scoped_release release;
   table().linear(call);
+}
+
+void run_rms_norm(uintptr_t x, bool bf16, int count, int cols, uintptr_t weight, float eps, uintptr_t out) {
+  NormCall call;
+  call.x = at<const void>(x), call.out = at<void>(out), call.weight = at<const float>(weight);
+  call.bf16 = bf16, call.count = count, call.cols = cols, call.eps = eps;
+  nb::gil_scoped_release release;
+  table().norm_rows(call);
 }
 
 void run_moe(const MoeLayer& layer, uintptr_t x, bool x_bf16, int count, uintptr_t out, uintptr_t add, uintptr_t norm,
@@ -104,6 +114,21 @@ void run_select(uintptr_t q, bool bf16, uintptr_t turns, uintptr_t weights, uint
   table().select(call);
 }
 
+void run_decode_layer(const DecoderLayer& layer, uintptr_t x, uintptr_t out, bool bf16, int batch, int queries, int keys, bool causal, uintptr_t turns,
+                      uintptr_t latents, size_t latents_row_bytes, uintptr_t index_keys, size_t index_row_bytes, bool cache_bf16, uintptr_t visible,
+                      size_t visible_at, uintptr_t slots, uintptr_t counts, int max_slots, uintptr_t chosen_slots, uintptr_t chosen_counts) {
+  LayerCall call;
+  call.layer = &layer, call.x = at<const void>(x), call.out = at<void>(out), call.bf16 = bf16;
+  call.batch = batch, call.queries = queries, call.keys = keys, call.causal = causal, call.turns = at<const float>(turns);
+  call.latents = at<void>(latents), call.latents_row_bytes = latents_row_bytes;
+  call.index_keys = at<void>(index_keys), call.index_row_bytes = index_row_bytes, call.cache_bf16 = cache_bf16;
+  call.visible = at<const uint8_t>(visible), call.visible_at = visible_at;
+  call.slots = at<const int32_t>(slots), call.counts = at<const int32_t>(counts), call.max_slots = max_slots;
+  call.chosen_slots = at<int32_t>(chosen_slots), call.chosen_counts = at<int32_t>(chosen_counts);
+  nb::gil_scoped_release release;
+  table().decode_layer(call);
+}
+
 nb::tuple run_round(uintptr_t weights, int dtype, int rows, int cols, int group, int bits, uintptr_t importance, bool search,
                     uintptr_t codes, uintptr_t scales) {
   double error = 0, energy = 0;
@@ -143,7 +168,29 @@ NB_MODULE(_cpu, m) {
                             bool normalise, float factor) {
         self.router = {weight, std::move(bias), weight.rows, topk, groups, topk_groups, normalise, factor};
       });
+  nb::class_<DecoderLayer> layer(m, "DecoderLayer");
+  layer.def(nb::init<>());
+  for (auto [name, field] : std::initializer_list<std::pair<const char*, Matrix DecoderLayer::*>>{
+           {"down", &DecoderLayer::down}, {"q_b", &DecoderLayer::q_b}, {"kv_a", &DecoderLayer::kv_a}, {"kv_b", &DecoderLayer::kv_b},
+           {"o", &DecoderLayer::o}, {"index_q", &DecoderLayer::index_q}, {"index_k", &DecoderLayer::index_k}, {"index_weights", &DecoderLayer::index_weights}})
+    layer.def_rw(name, field);
+  for (auto [name, field] : std::initializer_list<std::pair<const char*, std::vector<float> DecoderLayer::*>>{
+           {"input_norm", &DecoderLayer::input_norm}, {"post_norm", &DecoderLayer::post_norm}, {"q_norm", &DecoderLayer::q_norm},
+           {"kv_norm", &DecoderLayer::kv_norm}, {"index_norm", &DecoderLayer::index_norm}, {"index_norm_bias", &DecoderLayer::index_norm_bias},
+           {"down_bias", &DecoderLayer::down_bias}, {"kv_a_bias", &DecoderLayer::kv_a_bias}, {"o_bias", &DecoderLayer::o_bias}})
+    layer.def_rw(name, field);
+  for (auto [name, field] : std::initializer_list<std::pair<const char*, float DecoderLayer::*>>{
+           {"eps", &DecoderLayer::eps}, {"latent_eps", &DecoderLayer::latent_eps}, {"index_eps", &DecoderLayer::index_eps}, {"scale", &DecoderLayer::scale}})
+    layer.def_rw(name, field);
+  for (auto [name, field] : std::initializer_list<std::pair<const char*, int DecoderLayer::*>>{
+           {"hidden", &DecoderLayer::hidden}, {"heads", &DecoderLayer::heads}, {"nope", &DecoderLayer::nope}, {"rotary", &DecoderLayer::rotary},
+           {"latent", &DecoderLayer::latent}, {"value", &DecoderLayer::value}, {"index_heads", &DecoderLayer::index_heads},
+           {"index_width", &DecoderLayer::index_width}, {"topk", &DecoderLayer::topk}})
+    layer.def_rw(name, field);
+  layer.def("set_feed", [](DecoderLayer& self, const MoeLayer& feed) { self.feed = &feed; }, nb::keep_alive<1, 2>());
+  m.def("decode_layer", &run_decode_layer);
   m.def("linear", &run_linear);
+  m.def("rms_norm", &run_rms_norm);
   m.def("moe", &run_moe);
   m.def("attend", &run_attend);
   m.def("attend_prompt", &run_attend_prompt);

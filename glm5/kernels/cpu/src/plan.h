@@ -27,6 +27,15 @@ struct LinearCall {
   int outputs = 0;
 };
 
+struct NormCall {
+  const void* x = nullptr;  // [count, cols]
+  void* out = nullptr;
+  const float* weight = nullptr;
+  bool bf16 = false;
+  int count = 0, cols = 0;
+  float eps = 0;
+};
+
 struct Expert {
   Matrix gate, up, down;
 };
@@ -82,7 +91,7 @@ struct AttendCall {
 
 // DSA's choice: the topk slots of largest index score for each query.
 struct SelectCall {
-  const void* q = nullptr;          // [count, heads, width], not yet rotated; heads 16, 32 or 64
+  const void* q = nullptr;          // [count, heads, width], not yet rotated; at most 64 heads
   const float* turns = nullptr;     // [count, rotary / 2] of cos, sin, for the first dims
   const float* weights = nullptr;   // [count, heads], scaled
   const void* cache = nullptr;      // [rows, capacity, width]
@@ -109,6 +118,34 @@ struct PromptCall {
   float scale = 1;
 };
 
+// A decoder layer with MLA; norms in fp32. `down` gives the query latent, or without q_norm the query.
+struct DecoderLayer {
+  Matrix down, q_b, kv_a, kv_b, o, index_q, index_k, index_weights;
+  std::vector<float> input_norm, post_norm, q_norm, kv_norm, index_norm, index_norm_bias;
+  std::vector<float> down_bias, kv_a_bias, o_bias;  // empty = none
+  float eps = 0, latent_eps = 0, index_eps = 0, scale = 1;
+  int hidden = 0, heads = 0, nope = 0, rotary = 0, latent = 0, value = 0;
+  int index_heads = 0, index_width = 0, topk = 0;  // no heads: the layer has no indexer
+  const MoeLayer* feed = nullptr;
+};
+
+// `queries` new tokens of each of `batch` rows, the last of `keys`; their cache rows are written.
+struct LayerCall {
+  const DecoderLayer* layer = nullptr;
+  const void* x = nullptr;  // [batch, queries, hidden]
+  void* out = nullptr;
+  bool bf16 = false, cache_bf16 = false, causal = false;
+  int batch = 0, queries = 0, keys = 0;
+  const float* turns = nullptr;  // [batch, queries, rotary / 2] of cos, sin
+  void *latents = nullptr, *index_keys = nullptr;  // [batch, capacity, ..]
+  size_t latents_row_bytes = 0, index_row_bytes = 0;
+  const uint8_t* visible = nullptr;  // [batch or 1, queries, keys]; null = all, or causal
+  size_t visible_at = 0;             // 0 = one for all rows
+  const int32_t *slots = nullptr, *counts = nullptr;  // chosen by an earlier layer
+  int max_slots = 0;
+  int32_t *chosen_slots = nullptr, *chosen_counts = nullptr;  // [n, topk], [n]: what this layer chose
+};
+
 struct RoundCall {
   const void* weights = nullptr;  // [rows, cols], finite
   Codes dtype = Codes::f32;       // bf16, f16 or f32
@@ -124,10 +161,12 @@ struct RoundCall {
 struct Table {
   const char* name;
   void (*linear)(const LinearCall&);
+  void (*norm_rows)(const NormCall&);
   void (*moe)(const MoeCall&);
   void (*attend)(const AttendCall&);
   void (*attend_prompt)(const PromptCall&);
   void (*select)(const SelectCall&);
+  void (*decode_layer)(const LayerCall&);
   void (*round_weights)(const RoundCall&);
   uint64_t (*read_all)(const uint8_t* data, size_t bytes);
   double (*spin_products)(int rounds);
