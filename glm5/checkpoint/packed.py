@@ -92,7 +92,7 @@ def place_modules(model: nn.Module, device: torch.device) -> None:
             NativeLinear.of(module)
         elif type(module) is RMSNorm and device.type == "cpu":
             NativeNorm.of(module)
-        elif type(module) is MultiHeadLatentAttention and device.type == "cpu":
+        elif type(module) is MultiHeadLatentAttention and device.type in ("cpu", "cuda"):
             NativeAttention.of(module)
     for module in list(model.modules()):
         if isinstance(module, DecoderLayer) and device.type == "cpu":

@@ -1,7 +1,8 @@
 """MLA and its indexer on the native kernels: few queries over a cache, and prompts.
 
 The module is `MultiHeadLatentAttention` itself with other methods: where the kernels do not apply
-(a GPU, gradients, other rotations, widths that are no multiples of 16) it falls back to the plain ones.
+(gradients, other rotations, widths that are no multiples of 16) it falls back to the plain ones. On a GPU
+those run with Triton's absorbed form and indexer.
 Letters: B rows, T queries, N = B T, S slots, H heads, C latent + rotary, K selected.
 """
 
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5.kernels import cpu
-from glm5.kernels.modules import runs_natively
+from glm5.kernels import cpu, cuda
+from glm5.kernels.cuda.modules import GpuIndexer, absorbed
+from glm5.kernels.modules import Movable, runs_natively
 from glm5.model.attention import MultiHeadLatentAttention
 from glm5.model.indexer import Selection
 from glm5.model.masks import Visibility
@@ -33,8 +35,8 @@ class SlotSelection(Selection):
         batch, queries, keys = self._shape
         slots = self.chosen.slots
         assert slots is not None
-        mask = torch.zeros(batch * queries, keys + 1, dtype=torch.bool)
-        valid = torch.arange(slots.shape[1]) < self.chosen.counts.unsqueeze(1)
+        mask = torch.zeros(batch * queries, keys + 1, dtype=torch.bool, device=slots.device)
+        valid = torch.arange(slots.shape[1], device=slots.device) < self.chosen.counts.unsqueeze(1)
         mask.scatter_(1, torch.where(valid, slots.long(), keys), True)
         return mask[:, :keys].view(self._shape)
 
@@ -42,17 +44,21 @@ class SlotSelection(Selection):
     def slots_BTK(self) -> Tensor:
         slots = self.chosen.slots
         assert slots is not None
-        valid = torch.arange(slots.shape[1]) < self.chosen.counts.unsqueeze(1)
+        valid = torch.arange(slots.shape[1], device=slots.device) < self.chosen.counts.unsqueeze(1)
         return torch.where(valid, slots.long(), -1).view(*self._shape[:2], -1)
 
 
-class NativeAttention(MultiHeadLatentAttention):
+class NativeAttention(Movable, MultiHeadLatentAttention):
     """MLA whose absorbed form, index scores and selection run in the native library."""
+
+    _kept_by_address = ("_kv_b",)
 
     @classmethod
     def of(cls, attention: MultiHeadLatentAttention) -> NativeAttention:
         attention.__class__ = cls
         assert isinstance(attention, NativeAttention)
+        if attention.indexer is not None:
+            GpuIndexer.of(attention.indexer)
         return attention
 
     @cached_property
@@ -84,6 +90,18 @@ class NativeAttention(MultiHeadLatentAttention):
             nope=self.nope_dim, value=self.value_dim, scale=self.scale,
         )  # fmt: skip
         return self.o_proj(out.view(batch, queries, -1)), selection
+
+    def _absorbed(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latents_BSC: Tensor,
+        visible: Visibility,
+        selection: Selection | None,
+    ) -> Tensor:
+        if cuda.runs_here(q_nope):
+            return absorbed(self, q_nope, q_rope, latents_BSC, visible, selection)
+        return super()._absorbed(q_nope, q_rope, latents_BSC, visible, selection)
 
     def _applies(self, x_BTD: Tensor, visible: Visibility) -> bool:
         widths = (self.latent_dim, self.latent_dim + self.rotary_dim)

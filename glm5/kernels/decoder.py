@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from glm5.kernels import _cpu, cpu  # type: ignore[attr-defined]
 from glm5.kernels.attention import NativeAttention, SlotSelection
-from glm5.kernels.modules import NativeLinear, PackedLinear, PackedMixture, PackedMLP
+from glm5.kernels.modules import Movable, NativeLinear, PackedLinear, PackedMixture, PackedMLP
 from glm5.model.indexer import Selection
 from glm5.model.masks import Visibility
 from glm5.model.mtp import MTPLayer
@@ -26,8 +26,10 @@ from glm5.model.transformer import DecoderLayer
 FEW_TOKENS = 16
 
 
-class NativeDecoderLayer(DecoderLayer):
+class NativeDecoderLayer(Movable, DecoderLayer):
     """Attention, feed-forward and what lies between, without leaving the library."""
+
+    _kept_by_address = ("_handle",)
 
     @classmethod
     def of(cls, layer: DecoderLayer) -> DecoderLayer:

@@ -1,8 +1,8 @@
 """Layers of the network made of packed integers: the same modules, other material.
 
 They take the place of `Linear`, `MLP` and `MixtureOfExperts` in a loaded model (names and results
-stay). On the CPU the native kernels compute from the codes as they lie in the file; elsewhere, or
-where gradients are wanted, the weights are unpacked first.
+stay). On the CPU the native kernels compute from the codes as they lie in the file, on a GPU Triton's;
+elsewhere, or where gradients are wanted, the weights are unpacked first.
 Letters: E experts, D hidden, I expert width, T tokens.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glm5.kernels import cpu
+from glm5.kernels import cpu, cuda
 from glm5.kernels.memory import empty_weights
 from glm5.kernels.packing import dequantise, words_per_row
 from glm5.model.linear import Linear
@@ -50,8 +50,21 @@ def runs_natively(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _NATIVE and not torch.is_grad_enabled()
 
 
-class PackedLinear(nn.Module):
+class Movable(nn.Module):
+    """A module that forgets what it keeps by address when `.to()` gives its memory another place."""
+
+    _kept_by_address: tuple[str, ...] = ()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        for name in self._kept_by_address:
+            self.__dict__.pop(name, None)
+        return super()._apply(fn, recurse)
+
+
+class PackedLinear(Movable):
     """y = x W^T + b with W in packed integers; `place()` gives it memory."""
+
+    _kept_by_address = ("matrix",)
 
     def __init__(
         self, in_features: int, out_features: int, scheme: Scheme, bias: Tensor | None = None
@@ -87,6 +100,9 @@ class PackedLinear(nn.Module):
         if runs_natively(x):
             bias = None if self.bias is None else self.bias.float()
             return cpu.linear(x, self.matrix, bias=bias)
+        if cuda.runs_here(x):
+            bits, group = self.scheme.bits, self.scheme.group
+            return cuda.linear(x, self.words, self.scales, bits=bits, group=group, bias=self.bias)
         return F.linear(x, self.weight.to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
@@ -154,7 +170,9 @@ class PackedExperts(nn.Module):
         )
 
     def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
-        """An expert at a time, unpacked as it is needed (any device, any dtype)."""
+        """On a GPU all at once; elsewhere an expert at a time, unpacked as it is needed."""
+        if cuda.runs_here(x_TD):
+            return cuda.experts(x_TD, topk_ids_TK, topk_weights_TK, self)
         out = torch.zeros_like(x_TD)
         for expert in topk_ids_TK.unique().tolist():
             token, place = (topk_ids_TK == expert).nonzero(as_tuple=True)
@@ -165,8 +183,10 @@ class PackedExperts(nn.Module):
         return out
 
 
-class PackedMLP(MLP):
+class PackedMLP(Movable, MLP):
     """SwiGLU of three packed layers, in one native call."""
+
+    _kept_by_address = ("_layer",)
 
     def __init__(self, gate_proj: PackedLinear, up_proj: PackedLinear, down_proj: PackedLinear) -> None:
         nn.Module.__init__(self)
@@ -185,8 +205,10 @@ class PackedMLP(MLP):
         return self._layer(x) if runs_natively(x) else super().forward(x)
 
 
-class PackedMixture(MixtureOfExperts):
+class PackedMixture(Movable, MixtureOfExperts):
     """Router, packed experts and the shared expert, in one native call."""
+
+    _kept_by_address = ("_layer",)
 
     def __init__(self, mixture: MixtureOfExperts, experts: PackedExperts, shared: MLP | None) -> None:
         nn.Module.__init__(self)
@@ -219,11 +241,13 @@ class PackedMixture(MixtureOfExperts):
         return self._layer(x, routing=routing)
 
 
-class NativeLinear(Linear):
+class NativeLinear(Movable, Linear):
     """A float layer that stays as it is in a packed model: read by the native kernels.
 
     Its results do not depend on the batch around a row, as those of PyTorch's products may.
     """
+
+    _kept_by_address = ("matrix",)
 
     @classmethod
     def of(cls, layer: Linear) -> NativeLinear:
@@ -242,8 +266,10 @@ class NativeLinear(Linear):
         return cpu.linear(input, self.matrix, bias=bias)
 
 
-class NativeNorm(RMSNorm):
+class NativeNorm(Movable, RMSNorm):
     """RMSNorm by the native library: one call a row, and no row depends on its neighbours."""
+
+    _kept_by_address = ("_floats",)
 
     @classmethod
     def of(cls, norm: RMSNorm) -> NativeNorm:

@@ -1,0 +1,1 @@
+"""The Triton programs themselves; the files above launch them."""
