@@ -144,6 +144,16 @@ def quantize(
     keep: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave these modules as they are.")
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="nearest: each weight by itself; gptq: on what a text makes of the inputs.")
+    ] = "nearest",
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE.txt", help="Text for gptq; may be repeated; default: a shipped one."),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens of it to use; default: 16384.")
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an unfinished job away.")] = False,
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Compare answers with the source's, which must fit in memory.")
@@ -153,11 +163,13 @@ def quantize(
     from glm5.auto import resolve
     from glm5.loading_bar import loading_bar
     from glm5.quantize import Recipe, quantise
+    from glm5.quantize.calibration import calibration_of
 
     recipe = Recipe.of(bits, group, changes or [], keep or [])
     path = Path(source) if source.endswith(".gguf") else resolve(source)
+    text = calibration_of(path, method, calibration or [], calibration_tokens)
     with loading_bar("quantising") as progress:
-        receipt = quantise(path, destination, recipe, restart=restart, progress=progress)
+        receipt = quantise(path, destination, recipe, calibration=text, restart=restart, progress=progress)
     typer.echo(
         f"{destination}: {receipt['total_bytes'] / 1e9:.3g} GB from {receipt['source_bytes'] / 1e9:.3g} GB, "
         f"{receipt['bits_per_quantised_weight']} bits a quantised weight, "

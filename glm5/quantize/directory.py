@@ -2,8 +2,8 @@
 
 The plan needs headers only, so that disk space is known and the job can be taken up again: a
 finished shard is never made twice, each byte of the source is read once, and memory holds one
-tensor. Within a shard the experts come first, each one run of bytes on a 4 KiB boundary
-(docs/quantize.md draws it).
+tensor; what a calibrated job needs besides is `calibrated`'s. Within a shard the experts come first,
+each one run of bytes on a 4 KiB boundary (docs/quantize.md draws it).
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glm5.checkpoint import names
-from glm5.checkpoint.packed import round_finite
 from glm5.checkpoint.safetensors_file import PlannedTensor, write_safetensors
 from glm5.checkpoint.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from glm5.config import ModelConfig
@@ -31,10 +30,15 @@ from glm5.errors import CheckpointError
 from glm5.files import atomic_path, fsync_directory, write_atomic
 from glm5.kernels.modules import Scheme
 from glm5.kernels.packing import words_per_row
+from glm5.quantize.calibrated import CalibratedRounding
+from glm5.quantize.calibration import Calibration
+from glm5.quantize.plan import Item, plan
 from glm5.quantize.recipe import Recipe
-from glm5.quantize.sources import WeightSource, meta_model, open_source
+from glm5.quantize.results import nearest
+from glm5.quantize.sources import WeightSource, open_source
 
 WORKING = ".glm5-quantizing"
+CALIBRATION_FOLDER = "calibration"
 PLAN_FILE = "plan.json"
 RECEIPT_FILE = "quantization_receipt.json"
 SHARD_BYTES = 5_000_000_000
@@ -42,30 +46,12 @@ ALIGNMENT = 4096
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Item:
-    """A weight of the source and what becomes of it; `scheme` None = it is copied."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read_bytes: int
-    scheme: Scheme | None
-    is_expert: bool
-
-    @property
-    def written_bytes(self) -> int:
-        if self.scheme is None:
-            return math.prod(self.shape) * self.dtype.itemsize
-        rows, columns = self.shape
-        return rows * (words_per_row(columns, self.scheme.bits) * 4 + columns // self.scheme.group * 2) + 16
-
-
 def quantise(
     source: str | Path,
     destination: str | Path,
     recipe: Recipe | None = None,
     *,
+    calibration: Calibration | None = None,
     shard_bytes: int = SHARD_BYTES,
     restart: bool = False,
     progress: Progress | None = None,
@@ -73,6 +59,8 @@ def quantise(
     """Write `destination` as a compressed-tensors W4A16 checkpoint of `source`; returns the receipt.
 
     source: a checkpoint directory (bf16, fp16, fp32, FP8, or quantised by others) or a GGUF file.
+    calibration: None = every weight goes to the nearest code; else GPTQ (Frantar et al. 2022) on these
+        tokens, a layer after the other.
     restart: throw away what an unfinished job left in `destination`.
     progress: called with (source bytes read, source bytes in all).
 
@@ -87,9 +75,11 @@ def quantise(
     weights = open_source(source)
     _refuse_packed_source(weights, source)
     shards = list(_shards(plan(weights, recipe), shard_bytes))
-    job = json.dumps(
-        {"source": weights.identity(), "recipe": recipe.as_dict(), "shard_bytes": shard_bytes}, indent=1
-    )
+    settings = {"source": weights.identity(), "recipe": recipe.as_dict(), "shard_bytes": shard_bytes}
+    if calibration is not None:
+        _check_ids(calibration, weights)
+        settings["calibration"] = calibration.as_dict()
+    job = json.dumps(settings, indent=1)
     try:
         if (destination / CONFIG_FILE).exists():  # cut when all but the plan had gone
             same = (working / PLAN_FILE).read_text(encoding="utf-8") == job
@@ -101,8 +91,8 @@ def quantise(
             _throw_away(working, destination)
         _take_up(working, job)
         if not (working / CONFIG_FILE).exists():
-            receipts = _write_shards(weights, shards, working, progress)
-            _finish(weights, recipe, shards, receipts, working)
+            receipts = _write_shards(weights, shards, working, calibration, progress)
+            _finish(weights, recipe, calibration, shards, receipts, working)
         _put_in_place(working, destination)
     except OSError as error:
         raise CheckpointError(
@@ -124,54 +114,6 @@ def _throw_away(working: Path, destination: Path) -> None:
     shutil.rmtree(working, ignore_errors=True)
 
 
-def plan(source: WeightSource, recipe: Recipe) -> list[Item]:
-    """Every weight in model order. Reads headers only.
-
-    Raises CheckpointError for what `load_model` would refuse, and for groups that fill no width.
-    """
-    model = meta_model(source.config)
-    shapes = {name: tensor.shape for name, tensor in names.state_tensors(model).items()}
-    linear = {
-        names.disk_name(f"{path}.", source.config).removesuffix(".")
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    items = []
-    for piece in names.pieces(model):
-        module, shape = piece.name.removesuffix(".weight"), source.shape(piece.name)
-        wanted = tuple(piece.of(torch.empty(shapes[piece.parameter], device="meta")).shape)
-        if shape != wanted:
-            raise CheckpointError(
-                f"{source.path}: {piece.name} has shape {list(shape)}, config.json asks for {list(wanted)}"
-            )
-        expert = bool(piece.part)
-        scheme = recipe.scheme_of(module) if expert or module in linear else None
-        if scheme is not None and shape[1] % scheme.group:
-            fitting = next((group for group in (128, 64, 32) if shape[1] % group == 0), None)
-            advice = f"use --group {fitting}" if fitting else f"leave it out: --keep '{module}'"
-            raise CheckpointError(
-                f"{source.path}: {piece.name} is {shape[1]} wide, no whole groups of {scheme.group}; {advice}"
-            )
-        items.append(
-            Item(piece.name, shape, source.dtype(piece.name), source.num_bytes(piece.name), scheme, expert)
-        )
-    source.check_leftovers([item.name for item in items])
-    _refuse_parted_experts(items)
-    return items
-
-
-def _refuse_parted_experts(items: list[Item]) -> None:
-    schemes: dict[str, Scheme | None] = {}
-    for item in items:
-        if item.is_expert:
-            bank = item.name.rsplit(".", 3)[0]
-            if schemes.setdefault(bank, item.scheme) != item.scheme:
-                raise CheckpointError(
-                    f"{item.name}: the recipe gives the experts of this layer different bits; "
-                    "make its pattern fit all or none of them"
-                )
-
-
 def _refuse_other_weights(source: Path, destination: Path, working: Path) -> None:
     """Nothing in the destination may be lost; weights that a cut-off move of ours left are no obstacle."""
     if source.resolve() == destination.resolve():
@@ -183,6 +125,15 @@ def _refuse_other_weights(source: Path, destination: Path, working: Path) -> Non
         other = next((path.name for path in destination.iterdir() if path.suffix == ".safetensors"), None)
         if other is not None:
             raise CheckpointError(f"{destination}: holds {other} already; name another directory")
+
+
+def _check_ids(calibration: Calibration, weights: WeightSource) -> None:
+    limit = weights.config.vocab_size
+    wrong = next((i for window in calibration.input_ids for i in window if not 0 <= i < limit), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{weights.path}: calibration token {wrong} is none of its {limit}; use its own tokenizer"
+        )
 
 
 def _refuse_packed_source(weights: WeightSource, source: Path) -> None:
@@ -214,6 +165,7 @@ def _take_up(working: Path, job: str) -> None:
 
 def _put_in_place(working: Path, destination: Path) -> None:
     """Move the finished files up, `config.json` last; the plan goes only when nothing else is left."""
+    shutil.rmtree(working / CALIBRATION_FOLDER, ignore_errors=True)
     for path in working.glob("shard-*.json"):
         path.unlink()
     for last in (False, True):
@@ -253,45 +205,83 @@ def _units(items: list[Item]) -> Iterator[list[Item]]:
 
 
 def _write_shards(
-    source: WeightSource, shards: list[list[Item]], working: Path, progress: Progress | None
+    source: WeightSource,
+    shards: list[list[Item]],
+    working: Path,
+    calibration: Calibration | None,
+    progress: Progress | None,
 ) -> list[dict[str, Any]]:
     total = sum(item.read_bytes for shard in shards for item in shard)
     missing = [n for n in range(len(shards)) if not (working / _receipt_name(n)).exists()]
     needed = sum(item.written_bytes for n in missing for item in shards[n]) + (64 << 20)
+    if calibration is not None:
+        needed += _walk_bytes(shards, source.config, calibration)
     free = shutil.disk_usage(working).free
     if needed > free:
         raise CheckpointError(
             f"{working.parent}: {needed / 1e9:.1f} GB are needed, the disk has {free / 1e9:.1f} GB; "
             "free some or name another directory"
         )
-    done = 0
+    meter = _Meter(total, progress)
+    calibrated = None
+    if calibration is not None and missing:
+        items = [item for shard in shards for item in shard]
+        calibrated = CalibratedRounding(
+            source, items, calibration, working / CALIBRATION_FOLDER, meter.advance
+        )
     receipts = []
     for number, shard in enumerate(shards):
         name = _shard_name(number, len(shards))
         receipt_path = working / _receipt_name(number)
         if receipt_path.exists() and (working / name).exists():
             receipts.append(json.loads(receipt_path.read_text(encoding="utf-8")))
-            done += sum(item.read_bytes for item in shard)
+            meter.advance(sum(item.read_bytes for item in shard))
         else:
-            writer = _ShardWriter(source, shard, done, total, progress)
+            writer = _ShardWriter(source, shard, meter.advance, calibrated)
             with atomic_path(working / name) as temporary:
                 write_safetensors(temporary, writer.tensors(), alignment=ALIGNMENT)
             write_atomic(receipt_path, json.dumps(writer.receipt))
             receipts.append(writer.receipt)
-            done = writer.done
-        if progress is not None:
-            progress(done, total)
+            meter.advance(0)
+        if calibrated is not None:
+            calibrated.forget(shard)
     return receipts
+
+
+class _Meter:
+    """Bytes of the source that are dealt with."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        if self._progress is not None:
+            self._progress(min(self._done, self._total), self._total)
+
+
+def _walk_bytes(shards: list[list[Item]], config: ModelConfig, calibration: Calibration) -> int:
+    """What a walk has on disk beside the shards: codes of a layer and a shard, hidden states twice."""
+    layers: dict[str, int] = {}
+    for item in (item for shard in shards for item in shard if item.scheme is not None):
+        layer = ".".join(item.name.split(".")[:3])
+        layers[layer] = layers.get(layer, 0) + item.written_bytes
+    largest = max(sum(item.written_bytes for item in shard) for shard in shards)
+    return largest + max(layers.values(), default=0) + 2 * 4 * calibration.num_tokens * config.hidden_size
 
 
 class _ShardWriter:
     """Turns the items of a shard into the tensors of a file, each made when its turn comes."""
 
     def __init__(
-        self, source: WeightSource, shard: list[Item], done: int, total: int, progress: Progress | None
+        self,
+        source: WeightSource,
+        shard: list[Item],
+        advance: Callable[[int], None],
+        calibrated: CalibratedRounding | None = None,
     ) -> None:
-        self._source, self._shard, self._progress = source, shard, progress
-        self.done, self._total = done, total
+        self._source, self._shard = source, shard
+        self._advance, self._calibrated = advance, calibrated
         self.receipt: dict[str, Any] = {}
         self._scales: dict[str, Tensor] = {}
 
@@ -321,25 +311,22 @@ class _ShardWriter:
 
     def _codes(self, item: Item) -> Tensor:
         assert item.scheme is not None
-        values = self._source.read(item.name)
-        rounded = round_finite(values, item.scheme, item.name, self._source.path)
-        self._scales[item.name] = rounded.scales
-        error = math.sqrt(rounded.error / rounded.energy) if rounded.energy else 0.0
+        result = self._calibrated(item) if self._calibrated is not None else None
+        if result is None:
+            result = nearest(self._source, item)
+            self._advance(item.read_bytes)
+        self._scales[item.name] = result.scales
         self.receipt[item.name] = {
-            "bits": item.scheme.bits, "group": item.scheme.group, "relative_error": round(error, 6),
+            "bits": item.scheme.bits, "group": item.scheme.group,
+            **{name: round(value, 6) for name, value in result.figures.items()},
         }  # fmt: skip
-        self._advance(item.read_bytes)
-        return rounded.words
-
-    def _advance(self, count: int) -> None:
-        self.done += count
-        if self._progress is not None:
-            self._progress(min(self.done, self._total), self._total)
+        return result.words
 
 
 def _finish(
     source: WeightSource,
     recipe: Recipe,
+    calibration: Calibration | None,
     shards: list[list[Item]],
     receipts: list[dict[str, Any]],
     working: Path,
@@ -349,20 +336,24 @@ def _finish(
     if len(shards) > 1:
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards):
-            writer = _ShardWriter(source, shard, 0, 0, None)
+            writer = _ShardWriter(source, shard, lambda count: None)
             weight_map |= dict.fromkeys((t.name for t in writer.tensors()), _shard_name(number, len(shards)))
         total = sum(item.written_bytes for item in items)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_atomic(working / INDEX_FILE, json.dumps(index, indent=1) + "\n")
     for name, content in source.side_files().items():
         write_atomic(working / name, content)
-    receipt = _receipt(source.config, recipe, items, receipts)
+    receipt = _receipt(source.config, recipe, calibration, items, receipts)
     write_atomic(working / RECEIPT_FILE, json.dumps(receipt, indent=1) + "\n")
     quantised_config(source.config, items).save_pretrained(working)
 
 
 def _receipt(
-    config: ModelConfig, recipe: Recipe, items: list[Item], receipts: list[dict[str, Any]]
+    config: ModelConfig,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    items: list[Item],
+    receipts: list[dict[str, Any]],
 ) -> dict[str, Any]:
     errors = {name: entry for part in receipts for name, entry in part.items()}
     packed = [item for item in items if item.scheme is not None]
@@ -378,6 +369,7 @@ def _receipt(
         token += sum(i.written_bytes for i in items if i.name == "model.embed_tokens.weight")
     return {
         "recipe": recipe.as_dict(),
+        **({"method": "nearest"} if calibration is None else calibration.as_dict()),
         "bits_per_quantised_weight": round(8 * packed_bytes / weights, 4) if weights else None,
         "total_bytes": sum(item.written_bytes for item in items),
         "source_bytes": sum(item.read_bytes for item in items),

@@ -67,3 +67,30 @@ def test_the_peak_is_one_tensor_and_its_codes(tmp_path: Path) -> None:
 
     assert sum(index[name].num_bytes for name in index.names) > 70 * MB
     assert 0.9 * largest < peak < 1.25 * largest + SLACK
+
+
+MEASURE_CALIBRATED = MEASURE.replace(
+    "from glm5.quantize import Recipe, quantise",
+    "from glm5.quantize import Calibration, Recipe, quantise\n"
+    "text = Calibration(tuple(tuple(range(start, start + 64)) for start in range(8)))",
+).replace("Recipe(4, 32))", "Recipe(4, 32), calibration=text)")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_calibrated_job_holds_one_expert(tmp_path: Path) -> None:
+    """20 experts of 0.8 M weights: 63 MB as the floats that are multiplied."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "n_routed_experts": 20}
+    sizes |= {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    save_source(tmp_path / "large", small_config(**sizes))
+    save_source(tmp_path / "small")
+    command = [sys.executable, "-c", MEASURE_CALIBRATED]
+    command += [str(tmp_path / name) for name in ("large", "small", "out")]
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "MALLOC_MMAP_THRESHOLD_": str(MB),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    peak = json.loads(done.stdout)
+    print(f"peak {peak / MB:.0f} MB")
+    # Three matrices, two Hessians and a factor's workspace: each 1 MB. Hidden states: 1 MB.
+    assert peak < 36 * MB + SLACK

@@ -21,7 +21,7 @@ import glm5
 from glm5.checkpoint import load_model, names
 from glm5.config import MODEL_TYPES, ModelConfig
 from glm5.model.transformer import GlmForCausalLM
-from glm5.quantize import Recipe, quantise
+from glm5.quantize import Calibration, Recipe, quantise
 from tests.model_fixture import random_ids
 from tests.quantize.quantize_fixture import RECIPE, difference, save_source, small_config
 from tests.quantize.quantize_fixture import exact_kernels as exact_kernels
@@ -41,12 +41,13 @@ types = pytest.mark.parametrize("model_type", MODEL_TYPES)
 
 
 def quantised(
-    directory: Path, recipe: Recipe, model_type: str = "glm4_moe_lite", stored: str = "bf16"
-) -> Path:
+    directory: Path, recipe: Recipe, model_type: str = "glm4_moe_lite", stored: str = "bf16",
+    calibration: Calibration | None = None,
+) -> Path:  # fmt: skip
     # 32 index heads: no two index scores tie.
     changes = {"index_n_heads": 32} if model_type == "glm_moe_dsa" else {}
     save_source(directory / "source", small_config(model_type, **changes), stored=stored)
-    quantise(directory / "source", directory / "int4", recipe, shard_bytes=100_000)
+    quantise(directory / "source", directory / "int4", recipe, calibration=calibration, shard_bytes=100_000)
     return directory / "int4"
 
 
@@ -92,6 +93,17 @@ def test_dequantised_weights_are_our_weights(tmp_path: Path, model_type: str, st
         if not name.startswith("mtp"):
             assert torch.equal(tensor, wanted.pop(name)), name
     assert not wanted
+    assert difference(logits(model), logits(judge)) < TOLERANCE
+
+
+@types
+def test_calibrated_weights_are_our_weights(tmp_path: Path, model_type: str) -> None:
+    text = Calibration(tuple(tuple(row) for row in random_ids(4, 24).tolist()))
+    directory = quantised(tmp_path, RECIPE, model_type, calibration=text)
+    judge, model = dequantised(directory), ours(directory, "weight|proj")
+    for name, tensor in names.state_tensors(model).items():
+        if not name.startswith("mtp"):
+            assert torch.equal(tensor, judge.state_dict()[name]), name
     assert difference(logits(model), logits(judge)) < TOLERANCE
 
 
