@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from glm5.checkpoint.packed import pack_modules, place_modules
+from glm5.checkpoint.reading import materialise
 from glm5.config import ModelConfig
 from glm5.kernels.modules import PackedExperts, PackedLinear, PackedMixture
 from glm5.model.transformer import GlmForCausalLM
@@ -50,7 +51,7 @@ def random_slice(moe_layers: int, seed: int = 0) -> GlmForCausalLM:
         model = GlmForCausalLM(config)
     pack_modules(model, Recipe().scheme_of)
     cpu = torch.device("cpu")
-    model.to_empty(device=cpu).to(torch.bfloat16)
+    materialise(model, torch.bfloat16, cpu)
     place_modules(model, cpu)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

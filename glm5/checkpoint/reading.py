@@ -33,6 +33,7 @@ from glm5.checkpoint.safetensors_file import shown
 from glm5.checkpoint.shards import CONFIG_FILE, STAGING, ShardIndex
 from glm5.config import ModelConfig
 from glm5.errors import CheckpointError, ConfigError
+from glm5.kernels.memory import empty_weights
 from glm5.model.transformer import GlmForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def load_model(
     sources = _match(stored, model, packed)
     dtype = dtype or _stored_dtype(config, index)
     device = torch.device(device)
-    _materialise(model, dtype, device)
+    materialise(model, dtype, device)
     if packed:
         place_modules(model, device)
     tensors = names.state_tensors(model)
@@ -305,13 +306,13 @@ def _stored_dtype(config: ModelConfig, index: ShardIndex) -> torch.dtype:
     return {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16}.get(largest, torch.bfloat16)
 
 
-def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Give every meta tensor memory, without initialising it."""
+def materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Give every meta tensor memory (large pages where there are), without initialising it."""
     seen: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in seen:  # a tied head shares one parameter
-                values = torch.empty(parameter.shape, dtype=dtype, device=device)
+                values = empty_weights(tuple(parameter.shape), dtype, device)
                 seen[id(parameter)] = nn.Parameter(values)
             setattr(module, name, seen[id(parameter)])
         for name, buffer in list(module.named_buffers(recurse=False)):

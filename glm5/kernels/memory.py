@@ -20,7 +20,8 @@ def empty_weights(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, size + _HUGE_PAGE)
+    # Private: what is shared between processes has a setting of its own and gets small pages.
+    pages = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(pages, dtype=torch.uint8)  # keeps the pages alive
     start = -whole.data_ptr() % _HUGE_PAGE

@@ -134,11 +134,10 @@ inline void attend(const AttendCall& call) {
     const int h0 = item * together, heads = std::min(together, call.heads - h0);
     static thread_local std::vector<float> buffer;
     const size_t n = static_cast<size_t>(call.count) * heads;
-    float* q = scratch(buffer, n * width + n * query + static_cast<size_t>(heads) * (call.latent + call.value) + call.latent);
+    float* q = scratch(buffer, n * width + n * query + static_cast<size_t>(heads) * (call.latent + call.value));
     float* raw = q + n * width;
     float* mixed = raw + n * query;
     float* out = mixed + static_cast<size_t>(heads) * call.latent;
-    float* line = out + static_cast<size_t>(heads) * call.value;
     for (int t = 0; t < call.count; t++) {
       for (int h = 0; h < heads; h++) {
         float* mine = raw + (static_cast<size_t>(t) * heads + h) * query;
@@ -150,15 +149,11 @@ inline void attend(const AttendCall& call) {
         std::memcpy(full + call.latent, mine + call.nope, 4 * static_cast<size_t>(call.rotary));
       }
     }
-    // q W_UK: a row of the matrix at a time, for every query.
-    for (int h = 0; h < heads; h++) {
-      for (int i = 0; i < call.nope; i++) {
-        const int row = (h0 + h) * per_head + i;
-        weight_row(w, row, line);
-        for (int t = 0; t < call.count; t++)
-          add_scaled(q + (static_cast<size_t>(t) * heads + h) * width, line, raw[(static_cast<size_t>(t) * heads + h) * query + i], call.latent);
+    for (int h = 0; h < heads; h++)  // q W_UK
+      for (int t = 0; t < call.count; t++) {
+        const size_t at = static_cast<size_t>(t) * heads + h;
+        add_weight_rows(w, (h0 + h) * per_head, call.nope, raw + at * query, q + at * width);
       }
-    }
     for (int t = 0; t < call.count; t++) {
       attend_heads(call, t, heads, q + static_cast<size_t>(t) * heads * width, mixed);
       for (int h = 0; h < heads; h++) {

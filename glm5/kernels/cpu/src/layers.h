@@ -14,7 +14,8 @@ namespace glm5 {
 namespace GLM5_ISA {
 
 constexpr int kItemRows = 64;     // weight rows in an item: whole blocks of the next activations
-constexpr int kLongRows = 256;    // the same for few activation rows: long stretches of memory
+constexpr int kShortRows = 16;
+constexpr int kLongRows = 128;    // the same for few activation rows: long stretches of memory
 constexpr int kItemsAThread = 6;  // enough to share out evenly, few enough to read long runs
 constexpr int kItemTokens = 240;  // activation rows in an item: their sums stay in the second cache
 constexpr int kDownTokens = 4096;  // tokens whose outputs an item of the second half adds up
@@ -125,10 +126,13 @@ inline void linear(const LinearCall& call) {
   static thread_local Inputs in;
   Inputs& shared = in;
   shared.want_nothing();
+  // Few activation rows: short items end together, and the stretch of a thread is one stream all the same.
+  const int each_rows = call.count < kManyRows ? kShortRows : kItemRows;
+  const auto bands_of = [&](int i) { return (call.output[i].matrix->rows + each_rows - 1) / each_rows; };
   int items = 0;
   for (int i = 0; i < call.outputs; i++) {
     shared.want(*call.output[i].matrix, call.exact);
-    items += (call.output[i].matrix->rows + kItemRows - 1) / kItemRows;
+    items += bands_of(i);
   }
   take_inputs(shared, call.x, call.x_bf16, call.count, call.output[0].matrix->cols, call.norm, call.eps);
   const int token_items = (call.count + kItemTokens - 1) / kItemTokens;
@@ -136,10 +140,10 @@ inline void linear(const LinearCall& call) {
     int band = item / token_items;
     const int t0 = item % token_items * kItemTokens, t1 = std::min(call.count, t0 + kItemTokens);
     int which = 0;
-    while (band >= (call.output[which].matrix->rows + kItemRows - 1) / kItemRows) band -= (call.output[which++].matrix->rows + kItemRows - 1) / kItemRows;
+    while (band >= bands_of(which)) band -= bands_of(which++);
     const LinearOutput& to = call.output[which];
     const Matrix& m = *to.matrix;
-    const int r0 = band * kItemRows, r1 = std::min(m.rows, r0 + kItemRows), rows = r1 - r0;
+    const int r0 = band * each_rows, r1 = std::min(m.rows, r0 + each_rows), rows = r1 - r0;
     float sums[kItemRows * kItemTokens];
     product(m, call.exact, r0, r1, shared, counting(call.count) + t0, t1 - t0, sums, kItemRows, row_of(m, r1));
     for (int t = t0; t < t1; t++) {

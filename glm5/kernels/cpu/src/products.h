@@ -367,23 +367,39 @@ inline F32x16 last_weights(const Matrix& m, const uint8_t* row, int r, int k) {
   return load16(values);
 }
 
-// A whole row of weights as floats.
-template <Codes C>
-void weight_row_of(const Matrix& m, int r, float* out) {
-  const uint8_t* row = m.data + static_cast<size_t>(r) * m.row_bytes();
-  int k = 0;
-  for (; k + 16 <= m.cols; k += 16) store16(out + k, weights16<C>(m, row, r, k));
-  if (k < m.cols) store16(out + k, last_weights<C>(m, row, r, k), m.cols - k);
+// to += sum_r factors[r] * row r, for R rows of weights from `row` on, in that order.
+template <Codes C, int R>
+void add_weight_rows_of(const Matrix& m, int row, const float* factors, float* to) {
+  const uint8_t* from[R];
+  for (int r = 0; r < R; r++) from[r] = m.data + static_cast<size_t>(row + r) * m.row_bytes();
+  for (size_t at = 0; at < R * m.row_bytes(); at += 64) fetch(from[0] + at + kAhead);
+  for (int k = 0; k < m.cols; k += 16) {
+    const int count = std::min(16, m.cols - k);
+    F32x16 sum = load16(to + k, count);
+    each<R>([&](auto r) GLM5_INLINE {
+      const F32x16 w = count == 16 ? weights16<C>(m, from[r], row + r, k) : last_weights<C>(m, from[r], row + r, k);
+      sum = fma(set16(factors[r]), w, sum);
+    });
+    store16(to + k, sum, count);
+  }
 }
 
-inline void weight_row(const Matrix& m, int r, float* out) {
+template <Codes C>
+void add_all_rows_of(const Matrix& m, int row, int rows, const float* factors, float* to) {
+  int r = 0;
+  for (; r + 2 <= rows; r += 2) add_weight_rows_of<C, 2>(m, row + r, factors + r, to);
+  for (; r < rows; r++) add_weight_rows_of<C, 1>(m, row + r, factors + r, to);
+}
+
+// to += factors x W over rows [row, row + rows): the product from the other side.
+inline void add_weight_rows(const Matrix& m, int row, int rows, const float* factors, float* to) {
   switch (m.codes) {
-    case Codes::bf16: return weight_row_of<Codes::bf16>(m, r, out);
-    case Codes::f16: return weight_row_of<Codes::f16>(m, r, out);
-    case Codes::f32: return weight_row_of<Codes::f32>(m, r, out);
-    case Codes::e4m3: return weight_row_of<Codes::e4m3>(m, r, out);
-    case Codes::int4: return weight_row_of<Codes::int4>(m, r, out);
-    case Codes::int8: return weight_row_of<Codes::int8>(m, r, out);
+    case Codes::bf16: return add_all_rows_of<Codes::bf16>(m, row, rows, factors, to);
+    case Codes::f16: return add_all_rows_of<Codes::f16>(m, row, rows, factors, to);
+    case Codes::f32: return add_all_rows_of<Codes::f32>(m, row, rows, factors, to);
+    case Codes::e4m3: return add_all_rows_of<Codes::e4m3>(m, row, rows, factors, to);
+    case Codes::int4: return add_all_rows_of<Codes::int4>(m, row, rows, factors, to);
+    case Codes::int8: return add_all_rows_of<Codes::int8>(m, row, rows, factors, to);
   }
 }
 
