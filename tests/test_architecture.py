@@ -75,3 +75,10 @@ def test_help_and_import_do_not_load_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_loading_a_model_leaves_the_compiler_alone() -> None:
+    """torch._dynamo takes a second to import, and initialising a meta tensor would do it."""
+    program = "import sys, glm5; glm5.load('nano'); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

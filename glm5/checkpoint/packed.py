@@ -183,7 +183,8 @@ def fill_packed(weight: PackedWeight, index: ShardIndex) -> None:
             index.file(name).read_into(name, target)
         else:
             target.copy_(index.file(name).read(name))
-    if not bool(torch.isfinite(memory.scales).all()):
+    scales = memory.scales
+    if not (cpu.all_finite(scales) if scales.device.type == "cpu" else bool(scales.isfinite().all())):
         name = f"{module}.weight_scale"
         raise CheckpointError(
             f"{index.file(name).path}: {name} holds a NaN or infinite scale; download it again"

@@ -1,16 +1,19 @@
-"""Fills a model from a checkpoint directory, a tensor at a time.
+"""Fills a model from a checkpoint directory, a few tensors at a time.
 
-Peak memory is the model plus one tensor. Every name, shape and dtype is checked against the
-configuration before the first weight is read.
+Peak memory is the model plus the one tensor that is being decoded. Every name, shape and dtype is
+checked against the configuration before the first weight is read.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as cut
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +46,8 @@ _ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
 # Far past any model (GLM-5 has 2^40); torch cannot even describe much larger ones.
 MAX_PARAMETERS = 1 << 48
 MAX_BLOCK = 1 << 16
+# Some copy while others wait for the disk.
+READERS = 4
 Progress = Callable[[int, int], None]
 M = TypeVar("M", bound=GlmForCausalLM)
 
@@ -88,21 +93,41 @@ def load_model(
     if packed:
         place_modules(model, device)
     tensors = names.state_tensors(model)
+
+    decoding = Lock()  # takes memory for the tensor once more
+
+    @torch.no_grad()  # a setting of each thread
+    def fill(source: Source) -> int:
+        if source.packed is None:
+            piece = source.piece
+            assert piece is not None
+            target = piece.of(tensors[piece.parameter])
+            with nullcontext() if stored.lies_as(source.name, target) else decoding:
+                stored.fill(source.name, target)
+        elif quantise is None:
+            fill_packed(source.packed, index)
+        else:
+            round_into(source.packed, stored.read(source.packed), index.file(source.first).path)
+        return source.num_bytes
+
+    # What is rounded keeps all cores busy by itself, and one tensor in memory.
+    _in_order(fill, sources, READERS if quantise is None else 1, progress)
+    return model.eval()
+
+
+def _in_order(
+    fill: Callable[[Source], int], sources: list[Source], readers: int, progress: Progress | None
+) -> None:
+    """Call `fill` on every source, a few at once; the first failure in their order is raised."""
     done, total = 0, sum(source.num_bytes for source in sources)
-    with torch.no_grad():
-        for source in sources:
-            if source.packed is None:
-                piece = source.piece
-                assert piece is not None
-                stored.fill(source.name, piece.of(tensors[piece.parameter]))
-            elif quantise is None:
-                fill_packed(source.packed, index)
-            else:
-                round_into(source.packed, stored.read(source.packed), index.file(source.first).path)
-            done += source.num_bytes
+    pool = ThreadPoolExecutor(readers)
+    try:
+        for count in pool.map(fill, sources):
+            done += count
             if progress is not None:
                 progress(done, total)
-    return model.eval()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def stored_weights(directory: Path) -> tuple[ModelConfig, Stored]:
@@ -218,6 +243,10 @@ class Stored:
             target.copy_(self.form.read(name, self.index))
         else:
             _fill(self.index, name, target, self.block)
+
+    def lies_as(self, name: str, target: Tensor) -> bool:
+        """Can the bytes go from the file into `target` as they are?"""
+        return not self.is_formed(name) and self.index[name].dtype == target.dtype
 
     def read(self, weight: PackedWeight) -> Tensor:
         """The float values of a weight that is to be rounded, in their stored precision or bf16."""

@@ -61,12 +61,19 @@ class DecoderLayer(nn.Module):
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), selection
 
 
+class Embedding(nn.Embedding):
+    """`nn.Embedding` without the initialisation, which on the meta device imports torch's compiler (1 s)."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class GlmModel(nn.Module):
     """Token ids to hidden states after the final norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

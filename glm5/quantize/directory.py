@@ -47,7 +47,7 @@ Progress = Callable[[int, int], None]
 
 
 def quantise(
-    source: str | Path,
+    source: str | Path | WeightSource,
     destination: str | Path,
     recipe: Recipe | None = None,
     *,
@@ -58,7 +58,8 @@ def quantise(
 ) -> dict[str, Any]:
     """Write `destination` as a compressed-tensors W4A16 checkpoint of `source`; returns the receipt.
 
-    source: a checkpoint directory (bf16, fp16, fp32, FP8, or quantised by others) or a GGUF file.
+    source: a checkpoint directory (bf16, fp16, fp32, FP8, or quantised by others), a GGUF file, or any
+        other source of float weights.
     calibration: None = every weight goes to the nearest code; else GPTQ (Frantar et al. 2022) on these
         tokens, a layer after the other.
     restart: throw away what an unfinished job left in `destination`.
@@ -68,12 +69,12 @@ def quantise(
     read or has a weight that is not finite, a group does not divide a width, the destination holds
     something else, or the disk is too small; what was there stays.
     """
-    source, destination = Path(source), Path(destination)
-    recipe = recipe or Recipe()
+    destination, recipe = Path(destination), recipe or Recipe()
     working = destination / WORKING
-    _refuse_other_weights(source, destination, working)
-    weights = open_source(source)
-    _refuse_packed_source(weights, source)
+    path = Path(source) if isinstance(source, (str, Path)) else source.path
+    _refuse_other_weights(path, destination, working)
+    weights = open_source(path) if isinstance(source, (str, Path)) else source
+    _refuse_packed_source(weights, path)
     shards = list(_shards(plan(weights, recipe), shard_bytes))
     settings = {"source": weights.identity(), "recipe": recipe.as_dict(), "shard_bytes": shard_bytes}
     if calibration is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -29,6 +29,7 @@ def tensors(seed: int, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Ten
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
+@settings(deadline=None)
 @given(
     batch=st.integers(1, 2),
     queries=st.integers(1, 20) | st.just(300),

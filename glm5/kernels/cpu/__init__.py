@@ -372,6 +372,12 @@ def round_weights(
     return Rounded(words, scales, error, energy)
 
 
+def all_finite(values: Tensor) -> bool:
+    """Is nothing in a contiguous bf16, fp16 or fp32 tensor infinite or NaN?"""
+    _need(values.dtype in _FLOAT_CODES and values.is_contiguous(), f"values are {values.dtype}")
+    return bool(_cpu.all_finite(values.data_ptr(), values.numel(), _FLOAT_CODES[values.dtype]))
+
+
 def instruction_sets() -> list[str]:
     """What this machine can run, best first; the environment's GLM5_ISA picks another."""
     return _cpu.instruction_sets()
