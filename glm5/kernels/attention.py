@@ -48,6 +48,39 @@ class SlotSelection(Selection):
         return torch.where(valid, slots.long(), -1).view(*self._shape[:2], -1)
 
 
+class NativeIndexer(GpuIndexer):
+    """The indexer whose scores and choice run in the native library, for any number of queries."""
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        q_latent_BTR: Tensor,
+        angles: Rotation,
+        visible: Visibility,
+        cache: Any | None = None,
+    ) -> Selection | None:
+        fits = self.interleaved and self.num_heads <= cpu.MAX_INDEX_HEADS
+        if not runs_natively(x_BTD) or not fits or self.head_dim % 16 or self.head_dim > 256:
+            return super().forward(x_BTD, q_latent_BTR, angles, visible, cache)
+        batch, queries, _ = x_BTD.shape
+        keys_BSd = self.keys(x_BTD, angles)
+        if cache is not None:
+            keys_BSd = cache.append_index_keys(keys_BSd)
+        num_keys = keys_BSd.shape[1]
+        if num_keys <= self.topk:
+            return None
+        q = self.wq_b(q_latent_BTR).view(batch * queries, self.num_heads, self.head_dim)
+        weights = self.weights_proj(x_BTD).float().view(batch * queries, self.num_heads)
+        weights = weights * (self.num_heads**-0.5 * self.head_dim**-0.5)
+        turns = angles.turns.expand(batch, queries, -1).flatten(0, 1)
+        rows = torch.arange(batch, dtype=torch.int32).repeat_interleave(queries)
+        mask = None
+        if visible.mask_BTS is not None or visible.is_causal:
+            mask = visible.as_mask(queries, x_BTD.device).expand(batch, -1, -1).reshape(-1, num_keys)
+        chosen = cpu.select(q, turns, weights, keys_BSd, rows, self.topk, mask)
+        return SlotSelection(chosen, batch, num_keys, self.topk)
+
+
 class NativeAttention(Movable, MultiHeadLatentAttention):
     """MLA whose absorbed form, index scores and selection run in the native library."""
 
@@ -58,7 +91,7 @@ class NativeAttention(Movable, MultiHeadLatentAttention):
         attention.__class__ = cls
         assert isinstance(attention, NativeAttention)
         if attention.indexer is not None:
-            GpuIndexer.of(attention.indexer)
+            NativeIndexer.of(attention.indexer)
         return attention
 
     @cached_property
@@ -83,7 +116,7 @@ class NativeAttention(Movable, MultiHeadLatentAttention):
         rows = torch.arange(batch, dtype=torch.int32).repeat_interleave(queries)
         if self.indexer is not None:
             assert q_latent is not None
-            selection = self._select(x_BTD, q_latent, angles, turns, rows, visible, cache)
+            selection = self.indexer(x_BTD, q_latent, angles, visible, cache)
         chosen = _slots(selection, visible, batch, queries)
         out = cpu.attend(
             q.view(batch * queries, self.num_heads, -1), self._kv_b, turns, latents_BSC, rows, chosen,
@@ -128,29 +161,6 @@ class NativeAttention(Movable, MultiHeadLatentAttention):
             q_nope, k_nope, value, scale=self.scale, q_shared_BTHr=q_rope, k_shared_BSr=k_rope,
             causal=mask is None and visible.is_causal, visible_BTS=mask,
         )  # fmt: skip
-
-    def _select(
-        self, x_BTD: Tensor, q_latent: Tensor, angles: Rotation, turns: Tensor, rows: Tensor,
-        visible: Visibility, cache: Any,
-    ) -> Selection | None:  # fmt: skip
-        indexer = self.indexer
-        assert indexer is not None
-        fits = indexer.interleaved and indexer.num_heads <= cpu.MAX_INDEX_HEADS and indexer.head_dim % 16 == 0
-        if not fits or indexer.head_dim > 256:
-            return indexer(x_BTD, q_latent, angles, visible, cache)
-        batch, queries, _ = x_BTD.shape
-        keys_BSd = cache.append_index_keys(indexer.keys(x_BTD, angles))
-        num_keys = keys_BSd.shape[1]
-        if num_keys <= indexer.topk:
-            return None
-        q = indexer.wq_b(q_latent).view(batch * queries, indexer.num_heads, indexer.head_dim)
-        weights = indexer.weights_proj(x_BTD).float().view(batch * queries, indexer.num_heads)
-        weights = weights * (indexer.num_heads**-0.5 * indexer.head_dim**-0.5)
-        mask = None
-        if visible.mask_BTS is not None or visible.is_causal:
-            mask = visible.as_mask(queries, x_BTD.device).expand(batch, -1, -1).reshape(-1, num_keys)
-        chosen = cpu.select(q, turns, weights, keys_BSd, rows, indexer.topk, mask)
-        return SlotSelection(chosen, batch, num_keys, indexer.topk)
 
 
 def _slots(selection: Selection | None, visible: Visibility, batch: int, queries: int) -> cpu.Slots:

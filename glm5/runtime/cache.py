@@ -13,6 +13,7 @@ from torch import Tensor
 
 from glm5.config import ModelConfig
 from glm5.errors import RequestError
+from glm5.kernels.memory import empty_weights
 from glm5.model.masks import TokenPlaces
 
 
@@ -75,7 +76,7 @@ class Cache:
         self.layers = [LayerCache(self, layer) for layer in layers]
 
     def reserve(self, *shape: int) -> Tensor:
-        return torch.empty(self.batch, self.capacity, *shape, dtype=self.dtype, device=self.device)
+        return empty_weights((self.batch, self.capacity, *shape), self.dtype, self.device)
 
     def write(self, buffer: Tensor, rows: Tensor) -> Tensor:
         end = self.length + rows.shape[1]

@@ -77,6 +77,7 @@ inline void attend_heads(const AttendCall& call, int t, int heads, const float* 
   const int32_t* slots = call.slots ? call.slots + static_cast<size_t>(t) * call.max_slots : nullptr;
   const int count = call.counts[t];
   const char* cache = static_cast<const char*>(call.cache) + call.cache_rows[t] * call.cache_row_bytes;
+  const size_t row_bytes = static_cast<size_t>(width) * (call.cache_bf16 ? 2 : 4);
   static thread_local std::vector<float> buffer;
   float* rows = scratch(buffer, static_cast<size_t>(kSlots) * width + static_cast<size_t>(heads) * (kSlots + 2));
   float* scores = rows + static_cast<size_t>(kSlots) * width;
@@ -86,6 +87,11 @@ inline void attend_heads(const AttendCall& call, int t, int heads, const float* 
   std::memset(mixed, 0, 4 * static_cast<size_t>(heads) * call.latent);
   for (int s0 = 0; s0 < count; s0 += kSlots) {
     const int here = std::min(kSlots, count - s0);
+    // Chosen slots lie far apart in a long cache: no machine foresees the next one.
+    for (int s = s0 + kSlots; s < std::min(count, s0 + 2 * kSlots); s++) {
+      const char* next = cache + static_cast<size_t>(slots ? slots[s] : s) * row_bytes;
+      for (size_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+    }
     for (int s = 0; s < kSlots; s++) {
       float* row = rows + static_cast<size_t>(s) * width;
       if (s >= here) {
@@ -93,7 +99,7 @@ inline void attend_heads(const AttendCall& call, int t, int heads, const float* 
         continue;
       }
       const int slot = slots ? slots[s0 + s] : s0 + s;
-      widen(cache + static_cast<size_t>(slot) * width * (call.cache_bf16 ? 2 : 4), call.cache_bf16, row, width);
+      widen(cache + static_cast<size_t>(slot) * row_bytes, call.cache_bf16, row, width);
     }
     score_tile(q, heads, rows, width, scores);
     for (int h = 0; h < heads; h++) {
