@@ -33,6 +33,9 @@ class SteadyCache:
         self.layers = [copy(layer) for layer in cache.layers]
         for layer in self.layers:
             layer._owner = self  # their memory is the cache's, what they write goes through us
+            for buffer in vars(layer).values():
+                if isinstance(buffer, Tensor):  # hidden slots have no weight, but 0 times NaN is NaN
+                    buffer[:, cache.length :].zero_()
 
     def write(self, buffer: Tensor, rows: Tensor) -> Tensor:
         return buffer.index_copy_(1, self.length, rows.to(buffer.dtype))
