@@ -39,7 +39,7 @@ def main() -> None:
     with torch.inference_mode():
         read, expert = expert_product(model, repeats)
         step = whole_step(model, 2048, repeats)
-        curve = [context_step(model, context, repeats) for context in CONTEXTS[: 3 if arguments.quick else 4]]
+        curve = context_curve(model, CONTEXTS[: 3 if arguments.quick else 4], repeats)
     report(read, expert, step, curve, llama, arguments.threads)
 
 
@@ -131,16 +131,20 @@ def experts_of(
     return found
 
 
-def context_step(model: GlmForCausalLM, context: int, repeats: int) -> tuple[int, float, float]:
-    """(context, seconds of a step, seconds of it in the indexers' own scan and choice)."""
-    cache = filled_cache(model, context)
+def context_curve(
+    model: GlmForCausalLM, contexts: tuple[int, ...], repeats: int
+) -> list[tuple[int, float, float]]:
+    """(context, seconds of a step, seconds of it in the indexers' own scan and choice), contexts in turn."""
+    caches = {context: filled_cache(model, context) for context in contexts}
     token = torch.tensor([[1]])
-    times, scans = [], []
+    times: dict[int, list[float]] = {context: [] for context in contexts}
+    scans: dict[int, list[float]] = {context: [] for context in contexts}
     for _ in range(max(5, repeats // 2)):
-        cache.truncate(context)
-        times.append(timed(lambda: model(token, cache=cache, logits_to_keep=1)))
-        scans.append(timed(lambda: scan(model, cache)))
-    return context, statistics.median(times), statistics.median(scans)
+        for context, cache in caches.items():
+            cache.truncate(context)
+            times[context].append(timed(lambda cache=cache: model(token, cache=cache, logits_to_keep=1)))
+            scans[context].append(timed(lambda cache=cache: scan(model, cache)))
+    return [(c, statistics.median(times[c]), statistics.median(scans[c])) for c in contexts]
 
 
 def scan(model: GlmForCausalLM, cache: Cache) -> None:

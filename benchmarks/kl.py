@@ -47,7 +47,7 @@ PROGRAMS = ("llama-quantize", "llama-perplexity", "llama-imatrix")
 LANGUAGES = ("en", "zh", "code")
 CONTEXT = 256
 # Of one document no more than this many tokens, so that no book fills a language's part.
-DOCUMENT_TOKENS = 1024
+DOCUMENT_TOKENS = 4096
 # GGUF's numbers for what a token is.
 NORMAL, CONTROL = 1, 3
 # Embeddings and head as in the source: only the layers' matrices are compared.

@@ -25,7 +25,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     stored = F.pad(stored, (0, -columns % per_word))
     if bits == 4:
         stored = stored[:, 0::2] | (stored[:, 1::2] << 4)
-    return stored.contiguous().view(torch.int32)
+    # Flat first: the one row of a matrix counts as contiguous whatever its strides.
+    return stored.flatten().view(torch.int32).view(len(codes), words_per_row(columns, bits))
 
 
 def unpack(words: Tensor, bits: int, columns: int) -> Tensor:

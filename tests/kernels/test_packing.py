@@ -66,3 +66,9 @@ def test_a_weight_is_its_code_times_the_scale_of_its_columns(case: tuple[Tensor,
 )
 def test_the_first_column_is_lowest(codes: list[int], bits: int, word: int) -> None:
     assert pack(torch.tensor([codes], dtype=torch.int8), bits).tolist() == [[word]]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_single_row_may_have_any_strides(bits: int) -> None:
+    codes = torch.arange(-8, 8, dtype=torch.int8).view(16, 1).T
+    assert torch.equal(pack(codes, bits), pack(codes.repeat(2, 1), bits)[:1])
