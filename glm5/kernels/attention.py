@@ -17,68 +17,35 @@ from torch import Tensor
 from glm5.kernels import cpu, cuda
 from glm5.kernels.cuda.modules import GpuIndexer, absorbed
 from glm5.kernels.modules import Movable, runs_natively
+from glm5.kernels.selection import SlotSelection, query_mask, query_rows, visible_slots
 from glm5.model.attention import MultiHeadLatentAttention
 from glm5.model.indexer import Selection
 from glm5.model.masks import Visibility
 from glm5.model.rotary import Rotation
 
 
-class SlotSelection(Selection):
-    """A selection known by its slots; the mask is made only when somebody asks for it."""
-
-    def __init__(self, chosen: cpu.Slots, batch: int, num_keys: int, topk: int) -> None:
-        self.chosen, self.topk = chosen, topk
-        self._shape = (batch, len(chosen.counts) // batch, num_keys)
-
-    @cached_property
-    def mask_BTS(self) -> Tensor:  # type: ignore[override]
-        batch, queries, keys = self._shape
-        slots = self.chosen.slots
-        assert slots is not None
-        mask = torch.zeros(batch * queries, keys + 1, dtype=torch.bool, device=slots.device)
-        valid = torch.arange(slots.shape[1], device=slots.device) < self.chosen.counts.unsqueeze(1)
-        mask.scatter_(1, torch.where(valid, slots.long(), keys), True)
-        return mask[:, :keys].view(self._shape)
-
-    @property
-    def slots_BTK(self) -> Tensor:
-        slots = self.chosen.slots
-        assert slots is not None
-        valid = torch.arange(slots.shape[1], device=slots.device) < self.chosen.counts.unsqueeze(1)
-        return torch.where(valid, slots.long(), -1).view(*self._shape[:2], -1)
-
-
 class NativeIndexer(GpuIndexer):
     """The indexer whose scores and choice run in the native library, for any number of queries."""
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        q_latent_BTR: Tensor,
-        angles: Rotation,
-        visible: Visibility,
-        cache: Any | None = None,
-    ) -> Selection | None:
-        fits = self.interleaved and self.num_heads <= cpu.MAX_INDEX_HEADS
-        if not runs_natively(x_BTD) or not fits or self.head_dim % 16 or self.head_dim > 256:
-            return super().forward(x_BTD, q_latent_BTR, angles, visible, cache)
+    @property
+    def fits(self) -> bool:
+        """Does the library know indexers of these sizes?"""
+        shaped = self.num_heads <= cpu.MAX_INDEX_HEADS and self.head_dim % 16 == 0 and self.head_dim <= 256
+        return self.interleaved and shaped
+
+    def choose(
+        self, x_BTD: Tensor, q_latent_BTR: Tensor, keys_BSd: Tensor, angles: Rotation, visible: Visibility
+    ) -> Selection:
+        if not runs_natively(x_BTD) or not self.fits:
+            return super().choose(x_BTD, q_latent_BTR, keys_BSd, angles, visible)
         batch, queries, _ = x_BTD.shape
-        keys_BSd = self.keys(x_BTD, angles)
-        if cache is not None:
-            keys_BSd = cache.append_index_keys(keys_BSd)
-        num_keys = keys_BSd.shape[1]
-        if num_keys <= self.topk:
-            return None
         q = self.wq_b(q_latent_BTR).view(batch * queries, self.num_heads, self.head_dim)
-        weights = self.weights_proj(x_BTD).float().view(batch * queries, self.num_heads)
-        weights = weights * (self.num_heads**-0.5 * self.head_dim**-0.5)
         turns = angles.turns.expand(batch, queries, -1).flatten(0, 1)
-        rows = torch.arange(batch, dtype=torch.int32).repeat_interleave(queries)
-        mask = None
-        if visible.mask_BTS is not None or visible.is_causal:
-            mask = visible.as_mask(queries, x_BTD.device).expand(batch, -1, -1).reshape(-1, num_keys)
-        chosen = cpu.select(q, turns, weights, keys_BSd, rows, self.topk, mask)
-        return SlotSelection(chosen, batch, num_keys, self.topk)
+        chosen = cpu.select(
+            q, turns, self.head_weights(x_BTD).flatten(0, 1), keys_BSd, query_rows(batch, queries, q.device),
+            self.topk, visible_slots(visible, batch, queries, q.device),
+        )  # fmt: skip
+        return SlotSelection(chosen, batch, keys_BSd.shape[1], self.topk)
 
 
 class NativeAttention(Movable, MultiHeadLatentAttention):
@@ -113,7 +80,7 @@ class NativeAttention(Movable, MultiHeadLatentAttention):
         q = self.q_proj(x_BTD) if q_latent is None else self.q_b_proj(q_latent)
         latents_BSC = cache.append_latents(self._latents(x_BTD, angles))
         turns = angles.turns.expand(batch, queries, -1).reshape(batch * queries, -1)
-        rows = torch.arange(batch, dtype=torch.int32).repeat_interleave(queries)
+        rows = query_rows(batch, queries, x_BTD.device)
         if self.indexer is not None:
             assert q_latent is not None
             selection = self.indexer(x_BTD, q_latent, angles, visible, cache)
@@ -175,7 +142,7 @@ def _slots(selection: Selection | None, visible: Visibility, batch: int, queries
         return cpu.Slots(None, counts.repeat(batch).to(torch.int32))
     else:
         mask = visible.mask_BTS
-    mask = mask.expand(batch, -1, -1).reshape(batch * queries, -1)
+    mask = query_mask(mask, batch, queries)
     counts = mask.sum(dim=1)
     order = torch.argsort(~mask, dim=1, stable=True)[:, : int(counts.max())]
     return cpu.Slots(order.to(torch.int32).contiguous(), counts.to(torch.int32))

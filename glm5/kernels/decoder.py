@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from glm5.kernels import _cpu, cpu  # type: ignore[attr-defined]
-from glm5.kernels.attention import NativeAttention, SlotSelection
+from glm5.kernels.attention import NativeAttention, NativeIndexer
 from glm5.kernels.modules import Movable, NativeLinear, PackedLinear, PackedMixture, PackedMLP
+from glm5.kernels.selection import SlotSelection
 from glm5.model.indexer import Selection
 from glm5.model.masks import Visibility
 from glm5.model.mtp import MTPLayer
@@ -107,10 +108,8 @@ def all_native(layer: DecoderLayer) -> bool:
     elif not isinstance(mlp, PackedMLP):
         return False
     indexer = attention.indexer
-    if indexer is not None:
-        shaped = indexer.num_heads <= cpu.MAX_INDEX_HEADS and indexer.head_dim % 16 == 0
-        if not (indexer.interleaved and shaped and indexer.head_dim <= 256):
-            return False
+    if indexer is not None and not (isinstance(indexer, NativeIndexer) and indexer.fits):
+        return False
     linears = [m for m in attention.modules() if isinstance(m, (nn.Linear, PackedLinear))]
     return all(isinstance(module, (NativeLinear, PackedLinear)) for module in linears)
 

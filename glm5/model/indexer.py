@@ -72,22 +72,36 @@ class Indexer(nn.Module):
             keys_BSd = cache.append_index_keys(keys_BSd)
         if keys_BSd.shape[1] <= self.topk:
             return None
+        return self.choose(x_BTD, q_latent_BTR, keys_BSd, angles, visible)
+
+    def choose(
+        self, x_BTD: Tensor, q_latent_BTR: Tensor, keys_BSd: Tensor, angles: Rotation, visible: Visibility
+    ) -> Selection:
+        """Score every key (there are more than `topk`) and keep the best visible ones."""
         scores = self.scores(x_BTD, q_latent_BTR, keys_BSd, angles)
         return select(scores, visible.as_mask(x_BTD.shape[1], x_BTD.device), self.topk)
 
     def keys(self, x_BTD: Tensor, angles: Rotation) -> Tensor:
         """One key per token, shared by all heads: LayerNorm(W_k x), the first dims rotated."""
-        keys = self.k_norm(self.wk(x_BTD))
-        rotary, rest = keys.split_with_sizes([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
+        return self._rotated(self.k_norm(self.wk(x_BTD)), angles)
+
+    def queries(self, q_latent_BTR: Tensor, angles: Rotation) -> Tensor:
+        """[B, T, H, d], the first dims rotated."""
+        return self._rotated(self.wq_b(q_latent_BTR).unflatten(-1, (self.num_heads, self.head_dim)), angles)
+
+    def head_weights(self, x_BTD: Tensor) -> Tensor:
+        """w / sqrt(H d), fp32 [B, T, H]."""
+        return self.weights_proj(x_BTD).float() * (self.num_heads**-0.5 * self.head_dim**-0.5)
+
+    def _rotated(self, x: Tensor, angles: Rotation) -> Tensor:
+        rotary, rest = x.split_with_sizes([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
         return torch.cat((rotate(rotary, angles, interleaved=self.interleaved), rest), dim=-1)
 
     def scores(self, x_BTD: Tensor, q_latent_BTR: Tensor, keys_BSd: Tensor, angles: Rotation) -> Tensor:
         """Index scores I [B, T, S], fp32, before any mask."""
         batch, num_queries, _ = x_BTD.shape
-        q = self.wq_b(q_latent_BTR).view(batch, num_queries, self.num_heads, self.head_dim)
-        rotary, rest = q.split_with_sizes([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
-        q = torch.cat((rotate(rotary, angles, interleaved=self.interleaved), rest), dim=-1).float()
-        weights_BTH = self.weights_proj(x_BTD).float() * (self.num_heads**-0.5 * self.head_dim**-0.5)
+        q = self.queries(q_latent_BTR, angles).float()
+        weights_BTH = self.head_weights(x_BTD)
         keys_BdS = keys_BSd.float().transpose(1, 2)
         products = torch.bmm(q.reshape(batch, num_queries * self.num_heads, self.head_dim), keys_BdS)
         products = F.relu(products).view(batch * num_queries, self.num_heads, -1)

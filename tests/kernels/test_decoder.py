@@ -11,10 +11,10 @@ from torch import Tensor
 
 from glm5.checkpoint.packed import pack_modules, place_modules
 from glm5.config import ModelConfig
-from glm5.kernels.attention import SlotSelection
 from glm5.kernels.decoder import FEW_TOKENS, NativeDecoderLayer, NativeMTPLayer
 from glm5.kernels.modules import PackedExperts, PackedLinear, Scheme
 from glm5.kernels.packing import pack
+from glm5.kernels.selection import SlotSelection
 from glm5.model.masks import visibility
 from glm5.model.transformer import GlmForCausalLM, token_places
 from glm5.runtime.cache import Cache

@@ -6,17 +6,16 @@ Letters: B rows, T queries, N = B T, S slots, H heads, C latent + rotary, K sele
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from glm5.kernels import cuda
 from glm5.kernels.cpu import Slots
+from glm5.kernels.selection import SlotSelection, query_mask, query_rows, visible_slots
 from glm5.model.attention import MultiHeadLatentAttention
 from glm5.model.indexer import Indexer, Selection
 from glm5.model.masks import Visibility
-from glm5.model.rotary import Rotation, rotate
+from glm5.model.rotary import Rotation
 
 
 def absorbed(
@@ -24,8 +23,6 @@ def absorbed(
     visible: Visibility, selection: Selection | None,
 ) -> Tensor:  # fmt: skip
     """What `MultiHeadLatentAttention._absorbed` computes, [B, T, H, v], reading the cache once."""
-    from glm5.kernels.attention import SlotSelection
-
     batch, queries, heads, nope = q_nope.shape
     count, device = batch * queries, q_nope.device
     up = attention.kv_b_proj.weight.view(heads, nope + attention.value_dim, attention.latent_dim)
@@ -36,14 +33,15 @@ def absorbed(
     if isinstance(selection, SlotSelection):
         chosen = selection.chosen
     else:
-        mask = _seen(visible if selection is None else selection, batch, queries)
+        rule = visible if selection is None else selection
+        mask = None if rule.mask_BTS is None else query_mask(rule.mask_BTS, batch, queries)
         counts = torch.full((count,), visible.num_keys, dtype=torch.int32, device=device)
         if mask is None and visible.is_causal:
             last = torch.arange(1, queries + 1, dtype=torch.int32, device=device)
             counts = (last + (visible.num_keys - queries)).repeat(batch)
         chosen = Slots(None, counts)
     mixed_NHR = cuda.attend(
-        q_NHC, latents_BSC, _rows(batch, queries, device), chosen, latent=attention.latent_dim,
+        q_NHC, latents_BSC, query_rows(batch, queries, device), chosen, latent=attention.latent_dim,
         scale=attention.scale, visible_NS=mask,
     )  # fmt: skip
     out = torch.bmm(mixed_NHR.transpose(0, 1), w_uv.transpose(1, 2))
@@ -59,45 +57,16 @@ class GpuIndexer(Indexer):
         assert isinstance(indexer, GpuIndexer)
         return indexer
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        q_latent_BTR: Tensor,
-        angles: Rotation,
-        visible: Visibility,
-        cache: Any | None = None,
-    ) -> Selection | None:
+    def choose(
+        self, x_BTD: Tensor, q_latent_BTR: Tensor, keys_BSd: Tensor, angles: Rotation, visible: Visibility
+    ) -> Selection:
         if not cuda.runs_here(x_BTD):
-            return super().forward(x_BTD, q_latent_BTR, angles, visible, cache)
-        from glm5.kernels.attention import SlotSelection
-
+            return super().choose(x_BTD, q_latent_BTR, keys_BSd, angles, visible)
         batch, queries, _ = x_BTD.shape
-        keys_BSd = self.keys(x_BTD, angles)
-        if cache is not None:
-            keys_BSd = cache.append_index_keys(keys_BSd)
-        num_keys = keys_BSd.shape[1]
-        if num_keys <= self.topk:
-            return None
-        q = self.wq_b(q_latent_BTR).view(batch, queries, self.num_heads, self.head_dim)
-        rotary, rest = q.split_with_sizes([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
-        q = torch.cat((rotate(rotary, angles, interleaved=self.interleaved), rest), dim=-1)
-        weights = self.weights_proj(x_BTD).float() * (self.num_heads**-0.5 * self.head_dim**-0.5)
-        mask = None
-        if visible.is_causal:
-            mask = visible.as_mask(queries, x_BTD.device).expand(batch, -1, -1).reshape(-1, num_keys)
-        else:
-            mask = _seen(visible, batch, queries)
-        rows = _rows(batch, queries, x_BTD.device)
-        chosen = cuda.select(q.flatten(0, 1), weights.flatten(0, 1), keys_BSd, rows, self.topk, mask)
-        return SlotSelection(chosen, batch, num_keys, self.topk)
-
-
-def _seen(rule: Visibility | Selection, batch: int, queries: int) -> Tensor | None:
-    """The rule's own mask, bool [N, S]."""
-    mask = rule.mask_BTS
-    return None if mask is None else mask.expand(batch, -1, -1).reshape(batch * queries, -1)
-
-
-def _rows(batch: int, queries: int, device: torch.device) -> Tensor:
-    rows = torch.arange(batch, dtype=torch.int32, device=device)
-    return rows.unsqueeze(1).expand(-1, queries).reshape(-1)
+        device = x_BTD.device
+        chosen = cuda.select(
+            self.queries(q_latent_BTR, angles).flatten(0, 1), self.head_weights(x_BTD).flatten(0, 1),
+            keys_BSd, query_rows(batch, queries, device), self.topk,
+            visible_slots(visible, batch, queries, device),
+        )  # fmt: skip
+        return SlotSelection(chosen, batch, keys_BSd.shape[1], self.topk)

@@ -1,0 +1,57 @@
+"""Which slots of the cache each query reads, as the kernels of every device take it: a row a query.
+
+Letters: B rows, T queries, N = B T, S slots, K selected.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from glm5.kernels import cpu
+from glm5.model.indexer import Selection
+from glm5.model.masks import Visibility
+
+
+class SlotSelection(Selection):
+    """A selection known by its slots; the mask is made only when somebody asks for it."""
+
+    def __init__(self, chosen: cpu.Slots, batch: int, num_keys: int, topk: int) -> None:
+        self.chosen, self.topk = chosen, topk
+        self._shape = (batch, len(chosen.counts) // batch, num_keys)
+
+    @cached_property
+    def mask_BTS(self) -> Tensor:  # type: ignore[override]
+        batch, queries, keys = self._shape
+        slots = self.chosen.slots
+        assert slots is not None
+        mask = torch.zeros(batch * queries, keys + 1, dtype=torch.bool, device=slots.device)
+        valid = torch.arange(slots.shape[1], device=slots.device) < self.chosen.counts.unsqueeze(1)
+        mask.scatter_(1, torch.where(valid, slots.long(), keys), True)
+        return mask[:, :keys].view(self._shape)
+
+    @property
+    def slots_BTK(self) -> Tensor:
+        slots = self.chosen.slots
+        assert slots is not None
+        valid = torch.arange(slots.shape[1], device=slots.device) < self.chosen.counts.unsqueeze(1)
+        return torch.where(valid, slots.long(), -1).view(*self._shape[:2], -1)
+
+
+def query_rows(batch: int, queries: int, device: torch.device) -> Tensor:
+    """The cache row of each query, int32 [N]."""
+    return torch.arange(batch, dtype=torch.int32, device=device).repeat_interleave(queries)
+
+
+def query_mask(mask_BTS: Tensor, batch: int, queries: int) -> Tensor:
+    """A mask [B or 1, T, S] as [N, S]."""
+    return mask_BTS.expand(batch, -1, -1).reshape(batch * queries, -1)
+
+
+def visible_slots(visible: Visibility, batch: int, queries: int, device: torch.device) -> Tensor | None:
+    """Whom each query may see, bool [N, S]; None = every slot."""
+    if visible.mask_BTS is None and not visible.is_causal:
+        return None
+    return query_mask(visible.as_mask(queries, device), batch, queries)
