@@ -36,6 +36,18 @@ def weight_tile(words_ptr, row_starts, in_rows, unit, bits: tl.constexpr, unit_c
 
 
 @triton.jit
+def unit_product(
+    x, words_ptr, row_starts, scales_ptr, group, in_rows, unit,
+    bits: tl.constexpr, unit_columns: tl.constexpr, product: tl.constexpr,
+):  # fmt: skip
+    """x [T, unit_columns] with one unit of some weight rows, scaled; fp32 [T, N]."""
+    weight = weight_tile(words_ptr, row_starts, in_rows, unit, bits, unit_columns)
+    sums = tl.dot(x, tl.trans(weight.to(product)), input_precision="tf32x3")
+    scale = tl.load(scales_ptr + group, mask=in_rows, other=0.0).to(tl.float32)
+    return sums * (scale * (1 << bits))[None, :]
+
+
+@triton.jit
 def _plus_word(part, value, x_ptr, column, in_units, number: tl.constexpr):
     """part + value * the activation that meets code `number` of each word, one rounding; [N, U, W]."""
     x = tl.load(x_ptr + column + number, mask=in_units, other=0.0).to(tl.float32)

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from glm5.kernels.cuda.programs.codes import band, weight_tile
+from glm5.kernels.cuda.programs.codes import band, unit_product
 
 
 @triton.jit
@@ -92,14 +92,14 @@ def many_gate_up(
         at = token.to(tl.int64)[:, None] * columns + (unit * unit_columns + column)[None, :]
         x = tl.load(x_ptr + at, mask=here[:, None], other=0.0).to(product)
         group = row * groups + unit // units_per_group
-        weight = weight_tile(words_ptr + gate_words, row * row_words, in_rows, unit, bits, unit_columns)
-        sums = tl.dot(x, tl.trans(weight.to(product)), input_precision="tf32x3")
-        scale = tl.load(scales_ptr + gate_scales + group, mask=in_rows, other=0.0).to(tl.float32)
-        gate += sums * (scale * (1 << bits))[None, :]
-        weight = weight_tile(words_ptr + up_words, row * row_words, in_rows, unit, bits, unit_columns)
-        sums = tl.dot(x, tl.trans(weight.to(product)), input_precision="tf32x3")
-        scale = tl.load(scales_ptr + up_scales + group, mask=in_rows, other=0.0).to(tl.float32)
-        up += sums * (scale * (1 << bits))[None, :]
+        gate += unit_product(
+            x, words_ptr + gate_words, row * row_words, scales_ptr + gate_scales, group, in_rows, unit,
+            bits, unit_columns, product,
+        )  # fmt: skip
+        up += unit_product(
+            x, words_ptr + up_words, row * row_words, scales_ptr + up_scales, group, in_rows, unit,
+            bits, unit_columns, product,
+        )  # fmt: skip
     act = gate * tl.sigmoid(gate) * up
     at = sorted_place.to(tl.int64)[:, None] * rows + row[None, :]
     tl.store(out_ptr + at, act.to(out_ptr.dtype.element_ty), mask=here[:, None] & in_rows[None, :])
@@ -131,10 +131,10 @@ def many_down(
     for unit in range(units):
         at = sorted_place.to(tl.int64)[:, None] * columns + (unit * unit_columns + column)[None, :]
         act = tl.load(act_ptr + at, mask=here[:, None], other=0.0).to(product)
-        weight = weight_tile(words_ptr, row * row_words, in_rows, unit, bits, unit_columns)
-        sums = tl.dot(act, tl.trans(weight.to(product)), input_precision="tf32x3")
-        scale = tl.load(scales_ptr + row * groups + unit // units_per_group, mask=in_rows, other=0.0)
-        acc += sums * (scale.to(tl.float32) * (1 << bits))[None, :]
+        acc += unit_product(
+            act, words_ptr, row * row_words, scales_ptr, row * groups + unit // units_per_group, in_rows,
+            unit, bits, unit_columns, product,
+        )  # fmt: skip
     acc *= tl.load(weights_ptr + assignment, mask=here, other=0.0)[:, None]
     at = assignment.to(tl.int64)[:, None] * rows + row[None, :]
     tl.store(out_ptr + at, acc, mask=here[:, None] & in_rows[None, :])

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from glm5.kernels.cuda.programs.codes import band, weight_tile
+from glm5.kernels.cuda.programs.codes import band, unit_product
 
 
 @triton.jit
@@ -65,12 +65,12 @@ def many_rows(
     columns = units * unit_columns
     acc = tl.zeros((tile_tokens, tile_rows), tl.float32)
     for unit in range(units):
-        weight = weight_tile(words_ptr, row * row_words, in_rows, unit, bits, unit_columns).to(product)
         at = token.to(tl.int64)[:, None] * columns + (unit * unit_columns + column)[None, :]
         x = tl.load(x_ptr + at, mask=in_tokens[:, None], other=0.0).to(product)
-        sums = tl.dot(x, tl.trans(weight), input_precision="tf32x3")
-        scale = tl.load(scales_ptr + row * groups + unit // units_per_group, mask=in_rows, other=0.0)
-        acc += sums * (scale.to(tl.float32) * (1 << bits))[None, :]
+        acc += unit_product(
+            x, words_ptr, row * row_words, scales_ptr, row * groups + unit // units_per_group, in_rows, unit,
+            bits, unit_columns, product,
+        )  # fmt: skip
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + row, mask=in_rows, other=0.0).to(tl.float32)[None, :]
     at = token.to(tl.int64)[:, None] * rows + row[None, :]
