@@ -75,14 +75,20 @@ inline void narrow(const float* x, void* out, bool is_bf16, int count) {
   for (; i < count; i++) to[i] = float_to_bf16(x[i]);
 }
 
-// out = x / sqrt(mean(x^2) + eps) * weight; the sum in 16 fixed lanes.
-inline void rms_norm(const float* x, const float* weight, float eps, float* out, int count) {
+// 1 / sqrt(mean(x^2) + eps); the sum in 16 fixed lanes.
+inline float rms_factor(const float* x, float eps, int count) {
   F32x16 squares = zero16();
   int i = 0;
   for (; i + 16 <= count; i += 16) squares = fma(load16(x + i), load16(x + i), squares);
   if (i < count) squares = fma(load16(x + i, count - i), load16(x + i, count - i), squares);
-  const float factor = 1.0f / std::sqrt(sum16(squares) / static_cast<float>(count) + eps);
-  for (i = 0; i + 16 <= count; i += 16) store16(out + i, load16(x + i) * set16(factor) * load16(weight + i));
+  return 1.0f / std::sqrt(sum16(squares) / static_cast<float>(count) + eps);
+}
+
+// out = x / sqrt(mean(x^2) + eps) * weight
+inline void rms_norm(const float* x, const float* weight, float eps, float* out, int count) {
+  const float factor = rms_factor(x, eps, count);
+  int i = 0;
+  for (; i + 16 <= count; i += 16) store16(out + i, load16(x + i) * set16(factor) * load16(weight + i));
   for (; i < count; i++) out[i] = x[i] * factor * weight[i];
 }
 

@@ -24,11 +24,11 @@ inline LinearOutput output_of(const Matrix& m, float* out, const std::vector<flo
   return to;
 }
 
-inline void project(const float* x, int count, const std::vector<float>* norm, float eps, std::initializer_list<LinearOutput> outputs) {
+inline void project(const float* x, int count, const std::vector<float>* norm, float eps, const std::vector<LinearOutput>& outputs) {
   LinearCall call;
   call.x = x, call.count = count;
   call.norm = norm ? norm->data() : nullptr, call.eps = eps;
-  call.output = outputs.begin(), call.outputs = static_cast<int>(outputs.size());
+  call.output = outputs.data(), call.outputs = static_cast<int>(outputs.size());
   linear(call);
 }
 
@@ -66,17 +66,17 @@ inline void decode_layer(const LayerCall& call) {
   float* index_key = index_weights + rows * layer.index_heads;
   widen(call.x, call.bf16, x, n * layer.hidden);
 
-  if (!layer.index_heads) {
-    project(x, n, &layer.input_norm, layer.eps, {output_of(layer.down, down, layer.down_bias), output_of(layer.kv_a, kv, layer.kv_a_bias)});
-  } else if (!selects) {
-    project(x, n, &layer.input_norm, layer.eps, {output_of(layer.down, down, layer.down_bias), output_of(layer.kv_a, kv, layer.kv_a_bias), output_of(layer.index_k, index_key)});
+  std::vector<LinearOutput> outputs = {output_of(layer.down, down, layer.down_bias), output_of(layer.kv_a, kv, layer.kv_a_bias)};
+  if (layer.index_heads) outputs.push_back(output_of(layer.index_k, index_key));
+  if (selects) outputs.push_back(output_of(layer.index_weights, index_weights));
+  project(x, n, &layer.input_norm, layer.eps, outputs);
+  if (layer.q_norm.empty()) {
+    q = down;
   } else {
-    project(x, n, &layer.input_norm, layer.eps, {output_of(layer.down, down, layer.down_bias), output_of(layer.kv_a, kv, layer.kv_a_bias), output_of(layer.index_k, index_key),
-                                                 output_of(layer.index_weights, index_weights)});
+    outputs = {output_of(layer.q_b, q)};
+    if (selects) outputs.push_back(output_of(layer.index_q, index_q));
+    project(down, n, &layer.q_norm, layer.latent_eps, outputs);
   }
-  if (layer.q_norm.empty()) q = down;
-  else if (selects) project(down, n, &layer.q_norm, layer.latent_eps, {output_of(layer.q_b, q), output_of(layer.index_q, index_q)});
-  else project(down, n, &layer.q_norm, layer.latent_eps, {output_of(layer.q_b, q)});
 
   const size_t item = call.cache_bf16 ? 2 : 4;
   for (int i = 0; i < n; i++) {

@@ -103,18 +103,20 @@ inline void norm_rows(const NormCall& call) {
   const size_t bytes = static_cast<size_t>(call.cols) * (call.bf16 ? 2 : 4);
   const int together = std::max(1, 32768 / std::max(1, call.cols));
   parallel((call.count + together - 1) / together, [&](int item) {
-    static thread_local std::vector<float> buffer, one_store;
+    static thread_local std::vector<float> buffer;
     float* row = scratch(buffer, static_cast<size_t>(call.cols));
-    if (call.bf16 && one_store.size() < static_cast<size_t>(call.cols)) one_store.assign(static_cast<size_t>(call.cols), 1.0f);
     for (int t = item * together; t < std::min(call.count, (item + 1) * together); t++) {
       const char* from = static_cast<const char*>(call.x) + static_cast<size_t>(t) * bytes;
       char* to = static_cast<char*>(call.out) + static_cast<size_t>(t) * bytes;
       widen(from, call.bf16, row, call.cols);
-      rms_norm(row, call.bf16 ? one_store.data() : call.weight, call.eps, row, call.cols);
       if (call.bf16) {
+        const float factor = rms_factor(row, call.eps, call.cols);
+        for (int i = 0; i < call.cols; i++) row[i] *= factor;
         narrow(row, to, true, call.cols);
         widen(to, true, row, call.cols);
         for (int i = 0; i < call.cols; i++) row[i] *= call.weight[i];
+      } else {
+        rms_norm(row, call.weight, call.eps, row, call.cols);
       }
       narrow(row, to, call.bf16, call.cols);
     }
