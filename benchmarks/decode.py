@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from glm5_slice import GIGA, benchmark_arguments, llama_rates, random_slice, step_bytes
+from glm5_slice import GIGA, benchmark_arguments, filled_cache, llama_rates, random_slice, step_bytes
 
 from glm5.kernels import _cpu, cpu
 from glm5.kernels.modules import PackedExperts, PackedMixture
@@ -81,17 +81,6 @@ class Step:
     @property
     def share(self) -> float:
         return self.size / self.seconds / GIGA / self.read
-
-
-def filled_cache(model: GlmForCausalLM, context: int) -> Cache:
-    cache = Cache(model.config, 1, context + 1, dtype=torch.bfloat16)
-    for layer in cache.layers:
-        for buffer in (layer._latents, layer._index_keys):
-            assert buffer is not None
-            buffer.normal_()
-    cache.length = context
-    cache._positions[0] = torch.arange(context + 1)
-    return cache
 
 
 def whole_step(model: GlmForCausalLM, context: int, repeats: int) -> Step:

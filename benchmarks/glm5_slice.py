@@ -24,6 +24,7 @@ from glm5.config import ModelConfig
 from glm5.kernels.modules import PackedExperts, PackedLinear, PackedMixture
 from glm5.model.transformer import GlmForCausalLM
 from glm5.quantize import Recipe
+from glm5.runtime.cache import Cache
 
 VOCABULARY = 8192
 GIGA = 1e9
@@ -107,6 +108,18 @@ def step_bytes(model: GlmForCausalLM, chosen: dict[int, int], context: int) -> i
         total += min(context, config.index_topk) * (config.kv_lora_rank + config.qk_rope_head_dim) * 2
         total += context * config.index_head_dim * 2 if context > config.index_topk else 0
     return total
+
+
+def filled_cache(model: GlmForCausalLM, context: int, room: int = 1) -> Cache:
+    """A cache that holds `context` random tokens and takes `room` more."""
+    cache = Cache(model.config, 1, context + room, dtype=model.dtype, device=model.device)
+    for layer in cache.layers:
+        for buffer in (layer._latents, layer._index_keys):
+            assert buffer is not None
+            buffer.normal_()
+    cache._positions[0] = torch.arange(cache.capacity, device=model.device)
+    cache.length = context
+    return cache
 
 
 def write_gguf(path: Path, moe_layers: int, seed: int = 0) -> None:

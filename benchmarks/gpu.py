@@ -18,14 +18,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from glm5_slice import GIGA, random_slice, slice_config, step_bytes
+from glm5_slice import GIGA, filled_cache, random_slice, slice_config, step_bytes
 from torch import Tensor
 
 from glm5.kernels import cuda
 from glm5.kernels.cuda.graph import GraphedStep
 from glm5.kernels.modules import PackedExperts
 from glm5.model.transformer import GlmForCausalLM
-from glm5.runtime.cache import Cache
 
 CONTEXT = 2048
 FIGURES = ("memory_read_gb_s", "bf16_tflop_s", "expert_share_1", "expert_share_512", "step_share",
@@ -134,7 +133,7 @@ class Step:
 
     def __init__(self, model: GlmForCausalLM, read: float, repeats: int) -> None:
         config = model.config
-        cache = filled_cache(model)
+        cache = filled_cache(model, CONTEXT, room=64)
         token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
 
         def plain() -> None:
@@ -153,17 +152,6 @@ class Step:
         chosen = dict.fromkeys(range(config.num_hidden_layers), config.num_experts_per_tok)
         self.bytes = step_bytes(model, chosen, CONTEXT)
         self.share = self.bytes / self.seconds / GIGA / read
-
-
-def filled_cache(model: GlmForCausalLM) -> Cache:
-    cache = Cache(model.config, 1, CONTEXT + 64, dtype=model.dtype, device=model.device)
-    for layer in cache.layers:
-        for buffer in (layer._latents, layer._index_keys):
-            assert buffer is not None
-            buffer.normal_()
-    cache._positions[0] = torch.arange(cache.capacity, device=model.device)
-    cache.length = CONTEXT
-    return cache
 
 
 def seconds_of(work: Callable[[], object], repeats: int) -> float:

@@ -30,6 +30,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(directory: Path) -> None:
+    """Remove what a kill left of files that were being written by `atomic_path`."""
+    for path in directory.glob(".*.tmp"):
+        path.unlink()
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a small file whole, or not at all."""
     data = content.encode("utf-8") if isinstance(content, str) else content

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from glm5.files import remove_temporaries
 from glm5.model.mtp import MTPLayer
 from glm5.model.norms import RMSNorm
 from glm5.model.transformer import DecoderLayer
@@ -68,8 +69,7 @@ class CalibratedRounding:
 
     def _take_up(self) -> int:
         self._folder.mkdir(parents=True, exist_ok=True)
-        for path in self._folder.glob(".*.tmp"):  # what a kill left of a file that was being written
-            path.unlink()
+        remove_temporaries(self._folder)
         found = sorted(self._folder.glob("hidden-*.safetensors"))
         for path in found[:-1]:
             path.unlink()

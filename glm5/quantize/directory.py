@@ -27,7 +27,7 @@ from glm5.checkpoint.safetensors_file import PlannedTensor, write_safetensors
 from glm5.checkpoint.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from glm5.config import ModelConfig
 from glm5.errors import CheckpointError
-from glm5.files import atomic_path, fsync_directory, write_atomic
+from glm5.files import atomic_path, fsync_directory, remove_temporaries, write_atomic
 from glm5.kernels.modules import Scheme
 from glm5.kernels.packing import words_per_row
 from glm5.quantize.calibrated import CalibratedRounding
@@ -151,8 +151,7 @@ def _take_up(working: Path, job: str) -> None:
     """Make the working folder, or check that the one that is there belongs to the same job."""
     plan_path = working / PLAN_FILE
     if working.is_dir():
-        for path in working.glob(".*.tmp"):  # what a kill left of a file that was being written
-            path.unlink()
+        remove_temporaries(working)
     if working.exists() and any(working.iterdir()):
         if not plan_path.is_file() or plan_path.read_text(encoding="utf-8") != job:
             raise CheckpointError(

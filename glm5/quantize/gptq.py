@@ -138,8 +138,7 @@ def solve(weight: Tensor, factor: Factor, scheme: Scheme) -> Solved:
             groups = slice(span.start // scheme.group, span.stop // scheme.group)
             found = _solve_block(left_CR[span], upper, scheme, codes_CR[span])
             scales[band, groups] = found
-        # A clone: of a single row, contiguous() would keep strides that pack cannot view as words.
-        words[band] = pack(codes_CR.T.clone(memory_format=torch.contiguous_format), scheme.bits)
+        words[band] = pack(codes_CR.T, scheme.bits)
         lost = dequantise(words[band], scales[band], scheme.bits, columns).sub_(values)
         error += float(lost.square_().sum(dtype=torch.float64))
         energy += float(values.square().sum(dtype=torch.float64))

@@ -20,7 +20,7 @@ from glm5.quantize.layer_solver import LayerSolver
 from tests.checkpoint.checkpoint_fixture import refused
 from tests.checkpoint.test_writing import in_child
 from tests.model_fixture import random_ids, tiny_config, tiny_model
-from tests.quantize.quantize_fixture import RECIPE, contents
+from tests.quantize.quantize_fixture import RECIPE, contents, killed_at
 from tests.quantize.quantize_fixture import no_flushing as no_flushing
 
 SHARD = 9_000  # bytes: some shards end within a layer
@@ -47,31 +47,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "source", root / "whole"
 
 
-def killed_at(number: int, source: Path, destination: Path) -> None:
-    """The job, in a process that ends before its n-th change in `destination`."""
-    seen: set[tuple[str, str]] = set()
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-            return
-        change = event, str(arguments[0])
-        if not change[1].startswith(str(destination)) or change in seen:
-            return
-        seen.add(change)
-        if len(seen) == number:
-            os._exit(9)
-
-    sys.addaudithook(hook)
-    start(source, destination)
-
-
 @pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "win32", reason="kills a fork")
 def test_the_same_call_finishes_a_killed_job(tmp_path: Path, places: tuple[Path, Path]) -> None:
     source, whole = places
     wanted, stages = contents(whole), set()
     for number in range(1, 2000, 23):
         destination = tmp_path / "int4"
-        code = in_child(lambda n=number, d=destination: killed_at(n, source, d))  # type: ignore[misc]
+        code = in_child(lambda n=number, d=destination: killed_at(n, d, lambda: start(source, d)))  # type: ignore[misc]
         if code == 0:
             break
         assert code == 9

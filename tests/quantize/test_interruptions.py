@@ -19,7 +19,7 @@ from glm5.quantize.directory import PLAN_FILE, WORKING
 from tests.checkpoint.checkpoint_fixture import refused
 from tests.checkpoint.test_writing import in_child
 from tests.model_fixture import tiny_config, tiny_model
-from tests.quantize.quantize_fixture import RECIPE, contents
+from tests.quantize.quantize_fixture import RECIPE, contents, killed_at
 from tests.quantize.quantize_fixture import no_flushing as no_flushing
 
 SHARD = 12_000  # bytes: four shards
@@ -222,31 +222,13 @@ def kills(places: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
         patch.setattr(os, "fsync", lambda _: None)  # a killed process leaves the disk's cache whole
         for number in range(1, 400):
             destination = tmp_path_factory.mktemp("killed") / "int4"
-            code = in_child(lambda n=number, d=destination: killed_at(n, source, d))
+            code = in_child(lambda n=number, d=destination: killed_at(n, d, lambda: start(source, d)))
             assert code in (0, 9)
             if code == 0:
                 break
             found.append(after_kill(source, destination, wanted))
             shutil.rmtree(destination.parent)
     return found
-
-
-def killed_at(number: int, source: Path, destination: Path) -> None:
-    """The job, in a process that ends before its n-th change in `destination`."""
-    seen: set[tuple[str, str]] = set()
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-            return
-        change = event, str(arguments[0])
-        if not change[1].startswith(str(destination)) or change in seen:
-            return
-        seen.add(change)
-        if len(seen) == number:
-            os._exit(9)
-
-    sys.addaudithook(hook)
-    start(source, destination)
 
 
 def after_kill(source: Path, destination: Path, wanted: dict[str, bytes]) -> Kill:
