@@ -191,9 +191,9 @@ inline void store_low_bytes(int8_t* p, I32x16 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
 }
 
-// Eight rows of sixteen partial sums to four vectors of eight: quarter q of row r in out[q] lane r.
-GLM5_INLINE inline void sum_quarters(const I32x16 (&v)[8], I32x8 (&out)[4]) {
-  __m512i pairs[4], fours[2];
+// Eight rows of sixteen partial sums, each 128 bits added up: lane 4 q + r of fours[i] is quarter q of row 4 i + r.
+GLM5_INLINE inline void sum_fours(const I32x16 (&v)[8], __m512i (&fours)[2]) {
+  __m512i pairs[4];
   each<4>([&](auto i) GLM5_INLINE {
     const __m512i even = (__m512i)v[2 * i], odd = (__m512i)v[2 * i + 1];
     pairs[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(even, odd), _mm512_unpackhi_epi32(even, odd));
@@ -202,6 +202,12 @@ GLM5_INLINE inline void sum_quarters(const I32x16 (&v)[8], I32x8 (&out)[4]) {
     fours[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(pairs[2 * i], pairs[2 * i + 1]),
                                 _mm512_unpackhi_epi64(pairs[2 * i], pairs[2 * i + 1]));
   });
+}
+
+// Eight rows of sixteen partial sums to four vectors of eight: quarter q of row r in out[q] lane r.
+GLM5_INLINE inline void sum_quarters(const I32x16 (&v)[8], I32x8 (&out)[4]) {
+  __m512i fours[2];
+  sum_fours(v, fours);
   const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
   const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   __m512i a = _mm512_permutex2var_epi64(fours[0], first, fours[1]);
@@ -214,15 +220,8 @@ GLM5_INLINE inline void sum_quarters(const I32x16 (&v)[8], I32x8 (&out)[4]) {
 
 // Eight rows of sixteen partial sums to the sums of their halves: row 0 low, row 0 high, row 1 low ...
 GLM5_INLINE inline I32x16 sum_halves(const I32x16 (&v)[8]) {
-  __m512i pairs[4], fours[2];
-  each<4>([&](auto i) GLM5_INLINE {
-    const __m512i even = (__m512i)v[2 * i], odd = (__m512i)v[2 * i + 1];
-    pairs[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(even, odd), _mm512_unpackhi_epi32(even, odd));
-  });
-  each<2>([&](auto i) GLM5_INLINE {
-    fours[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(pairs[2 * i], pairs[2 * i + 1]),
-                                _mm512_unpackhi_epi64(pairs[2 * i], pairs[2 * i + 1]));
-  });
+  __m512i fours[2];
+  sum_fours(v, fours);
   const __m512i inner = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 16, 24, 17, 25, 18, 26, 19, 27);
   const __m512i outer = _mm512_setr_epi32(4, 12, 5, 13, 6, 14, 7, 15, 20, 28, 21, 29, 22, 30, 23, 31);
   return (I32x16)_mm512_add_epi32(_mm512_permutex2var_epi32(fours[0], inner, fours[1]),
