@@ -11,6 +11,13 @@ namespace glm5 {
 namespace GLM5_ISA {
 
 constexpr int kSlots = 16;
+// What the registers hold: heads and slots whose scores are summed side by side, vectors of columns that four
+// heads mix, keys that the indexer scores together.
+#if defined(__AVX512F__)
+constexpr int kScoreHeads = 4, kScoreSlots = 4, kMixVectors = 4, kScoredKeys = 8;
+#else
+constexpr int kScoreHeads = 2, kScoreSlots = 2, kMixVectors = 1, kScoredKeys = 2;
+#endif
 
 // Interleaved rotation of x[2j], x[2j+1] by cos[j], sin[j].
 inline void rotate_pairs(float* x, const float* turns, int pairs) {
@@ -21,23 +28,33 @@ inline void rotate_pairs(float* x, const float* turns, int pairs) {
   }
 }
 
-// scores[h][s] = q[h] . rows[s], four heads by four slots in registers.
+// scores[h][s] = q[h] . rows[s], sixteen sums of some heads and slots at a time.
 inline void score_tile(const float* q, int heads, const float* rows, int width, float* scores) {
-  for (int h = 0; h < heads; h += 4) {
-    for (int s = 0; s < kSlots; s += 4) {
-      F32x16 acc[16];  // head i / 4, slot i % 4
-      each<16>([&](auto i) GLM5_INLINE { acc[i] = zero16(); });
-      for (int k = 0; k < width; k += 16) {
-        F32x16 row[4];
-        each<4>([&](auto j) GLM5_INLINE { row[j] = load16(rows + static_cast<size_t>(s + j) * width + k); });
-        each<4>([&](auto i) GLM5_INLINE {
-          const F32x16 query = load16(q + static_cast<size_t>(std::min<int>(h + i, heads - 1)) * width + k);
-          each<4>([&](auto j) GLM5_INLINE { acc[4 * i + j] = fma(query, row[j], acc[4 * i + j]); });
+  constexpr int kParts = 16 / (kScoreHeads * kScoreSlots);  // of sixteen sums, each in registers
+  constexpr int kTogether = kScoreSlots * kParts;           // slots
+  for (int h = 0; h < heads; h += kScoreHeads) {
+    for (int s = 0; s < kSlots; s += kTogether) {
+      F32x16 done[16];  // head i / kTogether, slot i % kTogether
+      each<kParts>([&](auto part) GLM5_INLINE {
+        F32x16 acc[kScoreHeads][kScoreSlots];
+        each<kScoreHeads>([&](auto i) GLM5_INLINE { each<kScoreSlots>([&](auto j) GLM5_INLINE { acc[i][j] = zero16(); }); });
+        const float* first = rows + static_cast<size_t>(s + part * kScoreSlots) * width;
+        for (int k = 0; k < width; k += 16) {
+          F32x16 row[kScoreSlots];
+          each<kScoreSlots>([&](auto j) GLM5_INLINE { row[j] = load16(first + static_cast<size_t>(j) * width + k); });
+          each<kScoreHeads>([&](auto i) GLM5_INLINE {
+            const F32x16 query = load16(q + static_cast<size_t>(std::min<int>(h + i, heads - 1)) * width + k);
+            each<kScoreSlots>([&](auto j) GLM5_INLINE { acc[i][j] = fma(query, row[j], acc[i][j]); });
+          });
+        }
+        each<kScoreHeads>([&](auto i) GLM5_INLINE {
+          each<kScoreSlots>([&](auto j) GLM5_INLINE { done[i * kTogether + part * kScoreSlots + j] = acc[i][j]; });
         });
-      }
+      });
       float sums[16];
-      store16(sums, sum_sixteen(acc));
-      for (int i = 0; i < std::min(4, heads - h); i++) std::memcpy(scores + (h + i) * kSlots + s, sums + 4 * i, 16);
+      store16(sums, sum_sixteen(done));
+      for (int i = 0; i < std::min(kScoreHeads, heads - h); i++)
+        std::memcpy(scores + (h + i) * kSlots + s, sums + kTogether * i, 4 * static_cast<size_t>(kTogether));
     }
   }
 }
@@ -67,7 +84,7 @@ inline void mix_tile(const float* weights, int heads, const float* rows, int str
     const int count = std::min(4, heads - h);
     float* mine = mixed + static_cast<size_t>(h) * width;
     int c = 0;
-    for (; c + 64 <= width; c += 64) mix_columns<4>(weights + h * kSlots, count, rows + c, stride, mine + c, static_cast<size_t>(width));
+    for (; c + 16 * kMixVectors <= width; c += 16 * kMixVectors) mix_columns<kMixVectors>(weights + h * kSlots, count, rows + c, stride, mine + c, static_cast<size_t>(width));
     for (; c < width; c += 16) mix_columns<1>(weights + h * kSlots, count, rows + c, stride, mine + c, static_cast<size_t>(width));
   }
 }
@@ -178,7 +195,7 @@ inline void attend(const AttendCall& call) {
 // scores[s] = sum_h weight[h] relu(q[h] . key[s]); heads run along the lanes.
 template <int V>  // heads / 16
 void index_scores(const float* turned, const float* weights, const float* keys, int count, int width, float* scores) {
-  constexpr int kTogether = V == 2 ? 8 : 4;
+  constexpr int kTogether = V == 2 ? kScoredKeys : kScoredKeys / 2;
   for (int s = 0; s < count; s += kTogether) {
     F32x16 acc[kTogether][V];
     const float* key[kTogether];

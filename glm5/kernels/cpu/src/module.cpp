@@ -214,9 +214,9 @@ NB_MODULE(_cpu, m) {
   m.def("select", &run_select);
   m.def("round_weights", &run_round);
   m.def("all_finite", &all_finite);
-  m.def("read_all", [](uintptr_t data, size_t bytes) {
+  m.def("read_all", [](uintptr_t data, size_t bytes, int streams) {
     nb::gil_scoped_release release;
-    return table().read_all(at<const uint8_t>(data), bytes);
+    return table().read_all(at<const uint8_t>(data), bytes, streams);
   });
   m.def("spin_products", [](int rounds) {
     nb::gil_scoped_release release;

@@ -168,7 +168,7 @@ struct Table {
   void (*select)(const SelectCall&);
   void (*decode_layer)(const LayerCall&);
   void (*round_weights)(const RoundCall&);
-  uint64_t (*read_all)(const uint8_t* data, size_t bytes);
+  uint64_t (*read_all)(const uint8_t* data, size_t bytes, int streams);
   double (*spin_products)(int rounds);
 };
 

@@ -19,7 +19,15 @@ constexpr int kTile = GLM5_TILE;
 #elif defined(__AVX512VNNI__)
 constexpr int kTile = 12;  // activation rows whose sums stay in registers with two vectors of weight rows
 #else
-constexpr int kTile = 2;
+constexpr int kTile = 6;  // the same with one
+#endif
+// With 16 narrow registers the halves of codes are taken apart when a panel is turned, not at each use.
+#if defined(__AVX512VNNI__)
+constexpr bool kSpreadNibbles = false;
+constexpr int kFloatTile = 4;  // float activations by weight rows whose sums stay in registers
+#else
+constexpr bool kSpreadNibbles = true;
+constexpr int kFloatTile = 2;
 #endif
 constexpr size_t kAhead = 6144;  // bytes of weights fetched in advance
 constexpr int kPanel = 32;
@@ -51,6 +59,13 @@ GLM5_INLINE inline F32x16 load_scales(Scales type, const void* scales, size_t at
   return load16(some);
 }
 
+inline float scale_at(const Matrix& m, size_t at) {
+  switch (m.scale_type) {
+    case Scales::bf16: return bf16_to_float(static_cast<const uint16_t*>(m.scales)[at]);
+    case Scales::f16: return f16_to_float(static_cast<const uint16_t*>(m.scales)[at]);
+    default: return static_cast<const float*>(m.scales)[at];
+  }
+}
 inline F32x16 load_scales(const Matrix& m, size_t at, int count) { return load_scales(m.scale_type, m.scales, at, count); }
 
 // Scales of up to 16 rows, turned and repeated: out[block * stride + row].
@@ -114,8 +129,8 @@ GLM5_INLINE inline void eight_chunks(const uint8_t* from, const uint8_t* ahead, 
       if (!Whole && bytes <= 64 * c) {
         acc[t][c] = zero_int16();
       } else if constexpr (C == Codes::int4) {
-        acc[t][c] = dot_nibbles(zero_int16(), low_nibbles(w), load64(acts[t] + kChunk * c));
-        acc[t][c] = dot_nibbles(acc[t][c], high_nibbles(w), load64(acts[t] + kChunk * c + 64));
+        const Run16 run = start_run(low_nibbles(w), load64(acts[t] + kChunk * c));
+        acc[t][c] = end_run(go_on(run, high_nibbles(w), load64(acts[t] + kChunk * c + 64)));
       } else {
         acc[t][c] = dot_bytes(zero_int16(), w, load64(acts[t] + kChunk * c));
       }
@@ -188,8 +203,15 @@ void few_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int
 
 // ---------------------------------------------------------------- many rows: lanes along the weight rows
 
-// A panel of 32 weight rows, turned so that word w of every row is one run of 128 bytes.
-inline void turn_panel(const Matrix& m, int row, int rows, uint8_t* panel) {
+template <Codes C>
+constexpr bool kSpread = kSpreadNibbles && C == Codes::int4;
+template <Codes C>
+constexpr size_t kWordBytes = kSpread<C> ? 256 : 128;  // of a panel, for one word of all its rows
+
+// A panel of 32 weight rows, turned so that word w of every row is one run of bytes: the words of 32 rows,
+// or of 16 rows the low and then the high halves of codes, then those of the other 16.
+template <Codes C>
+void turn_panel(const Matrix& m, int row, int rows, uint8_t* panel) {
   const size_t row_bytes = m.row_bytes();
   for (size_t at = 0; at < row_bytes; at += 64) {
     for (int half = 0; half < 2; half++) {
@@ -199,9 +221,43 @@ inline void turn_panel(const Matrix& m, int row, int rows, uint8_t* panel) {
         const uint8_t* from = m.data + static_cast<size_t>(row + std::min(16 * half + r, rows - 1)) * row_bytes + at;
         lines[r] = whole ? load64(from) : load64(from, static_cast<int>(row_bytes - at));
       });
-      transpose_words(lines, panel + at * 32 + 64 * half, 128);
+      if constexpr (kSpread<C>) {
+        alignas(64) uint8_t turned[1024];
+        transpose_words(lines, turned, 64);
+        for (size_t word = 0; word < 16; word++) {
+          const Bytes64 codes = load64(turned + 64 * word);
+          uint8_t* to = panel + (at / 4 + word) * kWordBytes<C> + static_cast<size_t>(128 * half);
+          store64(to, low_nibbles(codes));
+          store64(to + 64, high_nibbles(codes));
+        }
+      } else {
+        transpose_words(lines, panel + at * 32 + 64 * half, 128);
+      }
     }
   }
+}
+
+// Adds a block's products to acc, from a panel with its nibbles spread.
+template <int Words, int T>
+GLM5_INLINE inline void spread_block(const uint8_t* words, const int8_t* const (&codes)[T], size_t at, I32x16 (&acc)[T][2]) {
+  each<2>([&](auto half) GLM5_INLINE {
+    for (int part = 0; part < Words; part += 4) {
+      Run16 run[T];
+      each<4>([&](auto w) GLM5_INLINE {
+        const uint8_t* from = words + static_cast<size_t>(part + w) * 256 + 128 * half;
+        const size_t column = at + static_cast<size_t>(4 * (part + w));
+        const Bytes64 low = load64(from);
+        each<T>([&](auto t) GLM5_INLINE {
+          const Bytes64 even = repeat4(codes[t] + column);
+          if constexpr (w == 0) run[t] = start_run(low, even);
+          else run[t] = go_on(run[t], low, even);
+        });
+        const Bytes64 high = load64(from + 64);
+        each<T>([&](auto t) GLM5_INLINE { run[t] = go_on(run[t], high, repeat4(codes[t] + column + 64)); });
+      });
+      each<T>([&](auto t) GLM5_INLINE { acc[t][half] = add16(acc[t][half], end_run(run[t])); });
+    }
+  });
 }
 
 // `next`: the bytes of the panel after this one, fetched meanwhile; null = fetched already.
@@ -218,11 +274,12 @@ void panel_tile(const uint8_t* panel, const float* turned, int rows, const Quant
   for (int b = 0; b < blocks; b++) {
     I32x16 acc[T][2];
     each<T>([&](auto t) GLM5_INLINE { acc[t][0] = acc[t][1] = set_int16(x.offset(picks[t])[b]); });
-    const uint8_t* words = panel + static_cast<size_t>(b) * kWords * 128;
+    const uint8_t* words = panel + static_cast<size_t>(b) * kWords * kWordBytes<C>;
     if (next) each<kWords * 2>([&](auto i) GLM5_INLINE { __builtin_prefetch(next + static_cast<size_t>(b) * kWords * 128 + 64 * i, 0, 2); });
     const size_t column = static_cast<size_t>(b) * Block;
     size_t at = C == Codes::int4 ? column / 128 * 128 + column % 128 / 2 : column;
-    for (int w = 0; w < kWords; w++, words += 128, at += 4) {
+    if constexpr (kSpread<C>) spread_block<kWords, T>(words, codes, at, acc);
+    else for (int w = 0; w < kWords; w++, words += 128, at += 4) {
       const Bytes64 first = load64(words), second = load64(words + 64);
       if constexpr (C == Codes::int4) {
         const Bytes64 low0 = low_nibbles(first), high0 = high_nibbles(first);
@@ -272,11 +329,11 @@ void many_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const in
   static thread_local std::vector<uint8_t> panel_buffer;
   static thread_local std::vector<float> scale_buffer;
   const size_t padded = (m.row_bytes() + 63) / 64 * 64;
-  auto* panel = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(scratch(panel_buffer, padded * kPanel + 64)) + 63) & ~uintptr_t{63});
+  auto* panel = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(scratch(panel_buffer, padded / 4 * kWordBytes<C> + 64)) + 63) & ~uintptr_t{63});
   float* turned = scratch(scale_buffer, static_cast<size_t>(x.blocks()) * kPanel);
   for (int row = r0; row < r1; row += kPanel) {
     const int rows = std::min(kPanel, r1 - row);
-    turn_panel(m, row, rows, panel);
+    turn_panel<C>(m, row, rows, panel);
     turn_scales(m, row, std::min(16, rows), Block, turned, kPanel);
     turn_scales(m, row + std::min(16, rows - 1), std::max(1, rows - 16), Block, turned + 16, kPanel);
     const uint8_t* next = row + kPanel < r1 ? m.data + static_cast<size_t>(row + kPanel) * m.row_bytes() : after;
@@ -326,23 +383,12 @@ inline F32x16 weights16(const Matrix& m, const uint8_t* row, int r, int k) {
     return load_e4m3(row + k) * set16(scale);
   }
   if constexpr (C == Codes::int4 || C == Codes::int8) {
-    float values[16];
-    for (int i = 0; i < 16; i++) {
-      const int code = C == Codes::int8 ? row[k + i] - 128 : ((k + i) & 1 ? row[(k + i) / 2] >> 4 : row[(k + i) / 2] & 15) - 8;
-      values[i] = static_cast<float>(code);
-    }
-    const int groups = m.groups(), whole = m.group;
-    if (k / whole == (k + 15) / whole) {
-      float scale[16];
-      store16(scale, load_scales(m, static_cast<size_t>(r) * groups + static_cast<size_t>(k / whole), 1));
-      return load16(values) * set16(scale[0]);
-    }
-    for (int i = 0; i < 16; i++) {
-      float scale[16];
-      store16(scale, load_scales(m, static_cast<size_t>(r) * groups + static_cast<size_t>((k + i) / whole), 1));
-      values[i] *= scale[0];
-    }
-    return load16(values);
+    const F32x16 codes = C == Codes::int4 ? load_nibbles(row + k / 2) - set16(8.0f) : load_bytes(row + k) - set16(128.0f);
+    const size_t groups = static_cast<size_t>(r) * static_cast<size_t>(m.groups());
+    if (m.group % 16 == 0 || m.group >= m.cols) return codes * set16(scale_at(m, groups + static_cast<size_t>(k / m.group)));
+    float scales[16];
+    for (int i = 0; i < 16; i++) scales[i] = scale_at(m, groups + static_cast<size_t>((k + i) / m.group));
+    return codes * load16(scales);
   }
 }
 
@@ -351,8 +397,8 @@ template <Codes C>
 inline F32x16 last_weights(const Matrix& m, const uint8_t* row, int r, int k) {
   float values[16] = {};
   for (int i = k; i < m.cols; i++) {
-    float scale[16] = {1.0f};
-    if (C == Codes::int4 || C == Codes::int8) store16(scale, load_scales(m, static_cast<size_t>(r) * m.groups() + static_cast<size_t>(i / m.group), 1));
+    float scale = 1.0f;
+    if (C == Codes::int4 || C == Codes::int8) scale = scale_at(m, static_cast<size_t>(r) * static_cast<size_t>(m.groups()) + static_cast<size_t>(i / m.group));
     float value = 0;
     switch (C) {
       case Codes::bf16: value = bf16_to_float(reinterpret_cast<const uint16_t*>(row)[i]); break;
@@ -362,7 +408,7 @@ inline F32x16 last_weights(const Matrix& m, const uint8_t* row, int r, int k) {
       case Codes::int8: value = static_cast<float>(row[i] - 128); break;
       case Codes::int4: value = static_cast<float>((i & 1 ? row[i / 2] >> 4 : row[i / 2] & 15) - 8); break;
     }
-    values[i - k] = value * scale[0];
+    values[i - k] = value * scale;
   }
   return load16(values);
 }
@@ -432,7 +478,7 @@ void float_tile(const Matrix& m, int row, const float* const* x, float* const* o
 
 template <Codes C, int T>
 void float_rows(const Matrix& m, int r0, int r1, const float* const* x, float* const* out) {
-  constexpr int kRows = T < 4 ? 1 : 4;  // few activations: one plain stream of memory
+  constexpr int kRows = T < kFloatTile ? 1 : kFloatTile;  // few activations: one plain stream of memory
   int row = r0;
   float* at[T];
   for (; row + kRows <= r1; row += kRows) {
@@ -445,6 +491,12 @@ void float_rows(const Matrix& m, int r0, int r1, const float* const* x, float* c
   }
 }
 
+template <Codes C, int T>
+void float_tiles(int wanted, const Matrix& m, int r0, int r1, const float* const* x, float* const* out) {
+  if (wanted == T) return float_rows<C, T>(m, r0, r1, x, out);
+  if constexpr (T > 1) float_tiles<C, T - 1>(wanted, m, r0, r1, x, out);
+}
+
 template <Codes C>
 void float_product_of(const Matrix& m, int r0, int r1, const float* x, size_t ldx, const int* picks, int count, float* out, size_t ldo) {
   // Rows of weights that stay in the nearest cache while all activations pass.
@@ -452,17 +504,14 @@ void float_product_of(const Matrix& m, int r0, int r1, const float* x, size_t ld
   for (int row = r0; row < r1; row += band) {
     const int end = std::min(r1, row + band);
     for (int i = 0; i < count;) {
-      const float* from[4];
-      float* to[4];
-      const int n = std::min(4, count - i);
+      const float* from[kFloatTile];
+      float* to[kFloatTile];
+      const int n = std::min(kFloatTile, count - i);
       for (int t = 0; t < n; t++) {
         from[t] = x + static_cast<size_t>(picks[i + t]) * ldx;
         to[t] = out + static_cast<size_t>(i + t) * ldo + static_cast<size_t>(row - r0);
       }
-      if (n == 4) float_rows<C, 4>(m, row, end, from, to);
-      else if (n == 3) float_rows<C, 3>(m, row, end, from, to);
-      else if (n == 2) float_rows<C, 2>(m, row, end, from, to);
-      else float_rows<C, 1>(m, row, end, from, to);
+      float_tiles<C, kFloatTile>(n, m, row, end, from, to);
       i += n;
     }
   }

@@ -15,7 +15,7 @@ constexpr int kBandQueries = 256;  // queries that a turned block of keys serves
 #if defined(__AVX512F__)
 constexpr int kQueryTile = 6, kKeyVectors = 4;
 #else
-constexpr int kQueryTile = 2, kKeyVectors = 2;
+constexpr int kQueryTile = 6, kKeyVectors = 1;
 #endif
 
 // A vector of `width` values at element `at`, as floats.

@@ -77,6 +77,14 @@ inline float e4m3_to_float(uint8_t code) {  // the NaN codes 0x7f, 0xff are refu
   return code & 0x80 ? -value : value;
 }
 
+#if defined(__AVX2__)
+// Eight bytes of two codes each to sixteen bytes of one, the low half first.
+inline __m128i apart(__m128i bytes) {
+  const __m128i words = _mm_cvtepu8_epi16(bytes);
+  return _mm_and_si128(_mm_or_si128(words, _mm_slli_epi16(words, 4)), _mm_set1_epi8(15));
+}
+#endif
+
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
 
 // Bare registers, each of one element type all its life: GCC 12 spills sums of products that change
@@ -229,6 +237,20 @@ GLM5_INLINE inline I32x16 sum_halves(const I32x16 (&v)[8]) {
 }
 
 inline I32x16 add16(I32x16 a, I32x16 b) { return a + b; }
+// Sixteen codes of four or eight bits, as floats.
+inline F32x16 load_bytes(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline F32x16 load_nibbles(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(apart(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+}
+inline Bytes64 either(Bytes64 a, Bytes64 b) { return _mm512_or_si512(a, b); }
+// A value that no compiler can foresee.
+inline void opaque(Bytes64& x) { asm volatile("" : "+v"(x)); }
+using Run16 = I32x16;
+inline Run16 start_run(Bytes64 codes, Bytes64 acts) { return dot_nibbles(zero_int16(), codes, acts); }
+inline Run16 go_on(Run16 run, Bytes64 codes, Bytes64 acts) { return dot_nibbles(run, codes, acts); }
+inline I32x16 end_run(Run16 run) { return run; }
 // q0[0] q1[0] q2[0] q3[0] q0[1] ...
 inline void interleave4(const I32x8 (&q)[4], I32x16 (&out)[2]) {
   const __m512i first = _mm512_inserti64x4(_mm512_castsi256_si512(q[0]), q[1], 1);
@@ -317,9 +339,20 @@ inline F32x8 load8_e4m3(const uint8_t* p) {
   __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(magnitude), _mm256_set1_ps(0x1p120f));
   return {_mm256_or_ps(value, _mm256_castsi256_ps(sign))};
 }
+inline F32x8 load8_bytes(const uint8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+inline void load_nibbles(const uint8_t* p, F32x8& low, F32x8& high) {
+  const __m128i codes = apart(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  low = {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes))};
+  high = {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(codes, codes)))};
+}
 struct Bytes32 { __m256i v; };
 inline Bytes32 load32(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
 inline void store32(void* p, Bytes32 x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x.v); }
+inline Bytes32 either(Bytes32 a, Bytes32 b) { return {_mm256_or_si256(a.v, b.v)}; }
+inline void opaque(Bytes32& x) { asm volatile("" : "+x"(x.v)); }
+inline F32x8 floats_of(Bytes32 x) { return {_mm256_castsi256_ps(x.v)}; }  // the same bits
 inline Bytes32 repeat4_32(int32_t word) { return {_mm256_set1_epi32(word)}; }
 inline Bytes32 low_nibbles(Bytes32 x) { return {_mm256_and_si256(x.v, _mm256_set1_epi8(15))}; }
 inline Bytes32 high_nibbles(Bytes32 x) {
@@ -333,6 +366,22 @@ inline I32x8 dot_nibbles(I32x8 acc, Bytes32 codes, Bytes32 acts) {
   return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
 #endif
 }
+// A sum of up to eight dot_nibbles, kept in 16 bits where that is cheaper: 8 * 15 * 127 * 2 still fits.
+#if defined(__AVXVNNI__)
+using Run8 = I32x8;
+inline Run8 start_run(Bytes32 codes, Bytes32 acts) { return dot_nibbles({_mm256_setzero_si256()}, codes, acts); }
+inline Run8 go_on(Run8 run, Bytes32 codes, Bytes32 acts) { return dot_nibbles(run, codes, acts); }
+inline I32x8 end_run(Run8 run) { return run; }
+#else
+struct Run8 { __m256i v; };
+inline Run8 start_run(Bytes32 codes, Bytes32 acts) { return {_mm256_maddubs_epi16(codes.v, acts.v)}; }
+inline Run8 go_on(Run8 run, Bytes32 codes, Bytes32 acts) {
+  __m256i sum = _mm256_add_epi16(run.v, _mm256_maddubs_epi16(codes.v, acts.v));
+  asm("" : "+x"(sum));  // else GCC makes all products first and adds later, from the stack
+  return {sum};
+}
+inline I32x8 end_run(Run8 run) { return {_mm256_madd_epi16(run.v, _mm256_set1_epi16(1))}; }
+#endif
 inline I32x8 dot_bytes(I32x8 acc, Bytes32 codes, Bytes32 acts) {
 #if defined(__AVXVNNI__)
   return {_mm256_dpbusd_avx_epi32(acc.v, codes.v, acts.v)};
@@ -352,8 +401,56 @@ inline void sum_halves(const I32x8 (&v)[8], I32x8& out0, I32x8& out1) {
   out0 = {_mm256_permute2x128_si256(a, b, 0x20)};
   out1 = {_mm256_permute2x128_si256(a, b, 0x31)};
 }
+inline I32x8 set_int8(int32_t x) { return {_mm256_set1_epi32(x)}; }
+// a[0] b[0] a[1] b[1] ...: lanes 0-7 and 8-15 of the result.
+inline void interleave(I32x8 a, I32x8 b, I32x8& low, I32x8& high) {
+  __m256i even = _mm256_unpacklo_epi32(a.v, b.v), odd = _mm256_unpackhi_epi32(a.v, b.v);
+  low = {_mm256_permute2x128_si256(even, odd, 0x20)};
+  high = {_mm256_permute2x128_si256(even, odd, 0x31)};
+}
+inline float sum8(F32x8 a) {
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+inline float top8(F32x8 a) {
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+inline void transpose8(F32x8 (&r)[8]) {
+  __m256 a[8], b[8];
+  each<4>([&](auto i) GLM5_INLINE {
+    a[2 * i] = _mm256_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    a[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  });
+  each<2>([&](auto i) GLM5_INLINE {
+    b[4 * i] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
+    b[4 * i + 1] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
+    b[4 * i + 2] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
+    b[4 * i + 3] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
+  });
+  each<4>([&](auto i) GLM5_INLINE {
+    r[i].v = _mm256_permute2f128_ps(b[i], b[4 + i], 0x20);
+    r[4 + i].v = _mm256_permute2f128_ps(b[i], b[4 + i], 0x31);
+  });
+}
+inline void store8_bf16(uint16_t* p, F32x8 x) {  // as float_to_bf16
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  rounded = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)));
+  rounded = _mm256_srli_epi32(rounded, 16);
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(words));
+}
+inline void store8_low_bytes(int8_t* p, I32x8 x) {
+  const __m256i low = _mm256_shuffle_epi8(x.v, _mm256_set1_epi32(0x0c080400));
+  const __m256i eight = _mm256_permutevar8x32_epi32(low, _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(eight));
+}
 inline void set_lanes(I32x8& x, const int32_t* p) { x.v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline void get_lanes(int32_t* p, I32x8 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v); }
 
 #else  // portable: arrays, which compilers turn into what the machine has
 
@@ -392,8 +489,18 @@ inline F32x8 scale_by_power8(F32x8 a, F32x8 exponent) {
 inline F32x8 load8_bf16(const uint16_t* p) { F32x8 r; GLM5_LANES r.v[i] = bf16_to_float(p[i]); return r; }
 inline F32x8 load8_f16(const uint16_t* p) { F32x8 r; GLM5_LANES r.v[i] = f16_to_float(p[i]); return r; }
 inline F32x8 load8_e4m3(const uint8_t* p) { F32x8 r; GLM5_LANES r.v[i] = e4m3_to_float(p[i]); return r; }
+inline F32x8 load8_bytes(const uint8_t* p) { F32x8 r; GLM5_LANES r.v[i] = static_cast<float>(p[i]); return r; }
+inline void load_nibbles(const uint8_t* p, F32x8& low, F32x8& high) {
+  GLM5_LANES {
+    low.v[i] = static_cast<float>(i & 1 ? p[i / 2] >> 4 : p[i / 2] & 15);
+    high.v[i] = static_cast<float>(i & 1 ? p[4 + i / 2] >> 4 : p[4 + i / 2] & 15);
+  }
+}
 inline Bytes32 load32(const void* p) { Bytes32 r; std::memcpy(r.v, p, 32); return r; }
 inline void store32(void* p, Bytes32 x) { std::memcpy(p, x.v, 32); }
+inline Bytes32 either(Bytes32 a, Bytes32 b) { for (int i = 0; i < 32; i++) a.v[i] |= b.v[i]; return a; }
+inline void opaque(Bytes32& x) { asm volatile("" : "+m"(x)); }
+inline F32x8 floats_of(Bytes32 x) { F32x8 r; std::memcpy(r.v, x.v, 32); return r; }
 inline Bytes32 repeat4_32(int32_t word) { Bytes32 r; GLM5_LANES std::memcpy(r.v + 4 * i, &word, 4); return r; }
 inline Bytes32 low_nibbles(Bytes32 x) { for (auto& b : x.v) b &= 15; return x; }
 inline Bytes32 high_nibbles(Bytes32 x) { for (auto& b : x.v) b >>= 4; return x; }
@@ -414,14 +521,38 @@ inline I32x8 dot_nibbles(I32x8 acc, Bytes32 codes, Bytes32 acts) {
   return dot_bytes(acc, codes, acts);
 #endif
 }
+using Run8 = I32x8;
+inline Run8 start_run(Bytes32 codes, Bytes32 acts) { return dot_nibbles(I32x8{}, codes, acts); }
+inline Run8 go_on(Run8 run, Bytes32 codes, Bytes32 acts) { return dot_nibbles(run, codes, acts); }
+inline I32x8 end_run(Run8 run) { return run; }
 inline void sum_halves(const I32x8 (&v)[8], I32x8& out0, I32x8& out1) {
   GLM5_LANES {
     out0.v[i] = v[i].v[0] + v[i].v[1] + v[i].v[2] + v[i].v[3];
     out1.v[i] = v[i].v[4] + v[i].v[5] + v[i].v[6] + v[i].v[7];
   }
 }
+inline I32x8 set_int8(int32_t x) { I32x8 r; GLM5_LANES r.v[i] = x; return r; }
+inline void interleave(I32x8 a, I32x8 b, I32x8& low, I32x8& high) {
+  for (int i = 0; i < 4; i++) {
+    low.v[2 * i] = a.v[i], low.v[2 * i + 1] = b.v[i];
+    high.v[2 * i] = a.v[4 + i], high.v[2 * i + 1] = b.v[4 + i];
+  }
+}
+inline float sum8(F32x8 a) {
+  const float q0 = a.v[0] + a.v[4], q1 = a.v[1] + a.v[5], q2 = a.v[2] + a.v[6], q3 = a.v[3] + a.v[7];
+  return (q0 + q2) + (q1 + q3);
+}
+inline float top8(F32x8 a) {
+  float top = a.v[0];
+  for (int i = 1; i < 8; i++) top = a.v[i] > top ? a.v[i] : top;
+  return top;
+}
+inline void transpose8(F32x8 (&r)[8]) {
+  for (int i = 0; i < 8; i++) for (int j = 0; j < i; j++) std::swap(r[i].v[j], r[j].v[i]);
+}
+inline void store8_bf16(uint16_t* p, F32x8 x) { GLM5_LANES p[i] = float_to_bf16(x.v[i]); }
+inline void store8_low_bytes(int8_t* p, I32x8 x) { GLM5_LANES p[i] = static_cast<int8_t>(x.v[i]); }
 inline void set_lanes(I32x8& x, const int32_t* p) { std::memcpy(x.v, p, 32); }
-inline void get_lanes(int32_t* p, I32x8 x) { std::memcpy(p, x.v, 32); }
 #undef GLM5_LANES
 #endif
 
@@ -460,37 +591,24 @@ inline I32x16 to_int(F32x16 a) { return {to_int(a.lo), to_int(a.hi)}; }
 inline F32x16 to_float(I32x16 a) { return {to_float(a.lo), to_float(a.hi)}; }
 inline F32x16 load_bf16(const uint16_t* p) { return {load8_bf16(p), load8_bf16(p + 8)}; }
 inline F32x16 load_f16(const uint16_t* p) { return {load8_f16(p), load8_f16(p + 8)}; }
-inline F32x16 load_e4m3(const uint8_t* p) { return {load8_e4m3(p), load8_e4m3(p + 8)}; }
-inline void store_bf16(uint16_t* p, F32x16 x) {
-  float lanes[16];
-  store16(lanes, x);
-  for (int i = 0; i < 16; i++) p[i] = float_to_bf16(lanes[i]);
-}
-inline float sum16(F32x16 a) {
-  float h[8];
-  store8(h, a.lo + a.hi);
-  float q0 = h[0] + h[4], q1 = h[1] + h[5], q2 = h[2] + h[6], q3 = h[3] + h[7];
-  return (q0 + q2) + (q1 + q3);
-}
-inline F32x16 sum_sixteen(const F32x16 (&a)[16]) {
-  float sums[16];
-  for (int i = 0; i < 16; i++) sums[i] = sum16(a[i]);
-  return load16(sums);
-}
-inline float top16(F32x16 a) {
-  float h[8];
-  store8(h, max8(a.lo, a.hi));
-  float top = h[0];
-  for (int i = 1; i < 8; i++) top = h[i] > top ? h[i] : top;
-  return top;
-}
-inline I32x16 set_int16(int32_t x) {
-  int32_t lanes[8] = {x, x, x, x, x, x, x, x};
-  I32x16 r;
-  set_lanes(r.lo, lanes);
-  set_lanes(r.hi, lanes);
+inline F32x16 load_bytes(const uint8_t* p) { return {load8_bytes(p), load8_bytes(p + 8)}; }
+inline F32x16 load_nibbles(const uint8_t* p) {
+  F32x16 r;
+  load_nibbles(p, r.lo, r.hi);
   return r;
 }
+inline F32x16 load_e4m3(const uint8_t* p) { return {load8_e4m3(p), load8_e4m3(p + 8)}; }
+inline void store_bf16(uint16_t* p, F32x16 x) { store8_bf16(p, x.lo), store8_bf16(p + 8, x.hi); }
+inline float sum16(F32x16 a) { return sum8(a.lo + a.hi); }
+inline F32x8 sum_eight(const F32x16* a) {  // each by the tree of sum16
+  F32x8 lanes[8];
+  each<8>([&](auto i) GLM5_INLINE { lanes[i] = a[i].lo + a[i].hi; });
+  transpose8(lanes);
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+inline F32x16 sum_sixteen(const F32x16 (&a)[16]) { return {sum_eight(a), sum_eight(a + 8)}; }
+inline float top16(F32x16 a) { return top8(max8(a.lo, a.hi)); }
+inline I32x16 set_int16(int32_t x) { return {set_int8(x), set_int8(x)}; }
 inline I32x16 zero_int16() { return set_int16(0); }
 inline I32x16 load_int16(const int32_t* p) {
   I32x16 r;
@@ -515,14 +633,20 @@ inline Bytes64 high_nibbles(Bytes64 x) { return {high_nibbles(x.lo), high_nibble
 inline I32x16 dot_nibbles(I32x16 acc, Bytes64 codes, Bytes64 acts) {
   return {dot_nibbles(acc.lo, codes.lo, acts.lo), dot_nibbles(acc.hi, codes.hi, acts.hi)};
 }
+inline Bytes64 either(Bytes64 a, Bytes64 b) { return {either(a.lo, b.lo), either(a.hi, b.hi)}; }
+inline void opaque(Bytes64& x) { opaque(x.lo), opaque(x.hi); }
+struct Run16 { Run8 lo, hi; };
+inline Run16 start_run(Bytes64 codes, Bytes64 acts) { return {start_run(codes.lo, acts.lo), start_run(codes.hi, acts.hi)}; }
+inline Run16 go_on(Run16 run, Bytes64 codes, Bytes64 acts) {
+  return {go_on(run.lo, codes.lo, acts.lo), go_on(run.hi, codes.hi, acts.hi)};
+}
+inline I32x16 end_run(Run16 run) { return {end_run(run.lo), end_run(run.hi)}; }
 inline I32x16 dot_bytes(I32x16 acc, Bytes64 codes, Bytes64 acts) {
   return {dot_bytes(acc.lo, codes.lo, acts.lo), dot_bytes(acc.hi, codes.hi, acts.hi)};
 }
 inline void store_low_bytes(int8_t* p, I32x16 x) {
-  int32_t lanes[16];
-  get_lanes(lanes, x.lo);
-  get_lanes(lanes + 8, x.hi);
-  for (int i = 0; i < 16; i++) p[i] = static_cast<int8_t>(lanes[i]);
+  store8_low_bytes(p, x.lo);
+  store8_low_bytes(p + 8, x.hi);
 }
 inline void sum_quarters(const I32x16 (&v)[8], I32x8 (&out)[4]) {
   I32x8 lo[8], hi[8];
@@ -532,11 +656,9 @@ inline void sum_quarters(const I32x16 (&v)[8], I32x8 (&out)[4]) {
 }
 inline I32x16 add16(I32x16 a, I32x16 b) { return {add8(a.lo, b.lo), add8(a.hi, b.hi)}; }
 inline I32x16 interleave2(I32x8 a, I32x8 b) {
-  int32_t from[2][8], to[16];
-  get_lanes(from[0], a);
-  get_lanes(from[1], b);
-  for (int i = 0; i < 16; i++) to[i] = from[i % 2][i / 2];
-  return load_int16(to);
+  I32x16 r;
+  interleave(a, b, r.lo, r.hi);
+  return r;
 }
 inline I32x16 sum_halves(const I32x16 (&v)[8]) {
   I32x8 q[4];
@@ -544,31 +666,35 @@ inline I32x16 sum_halves(const I32x16 (&v)[8]) {
   return interleave2(add8(q[0], q[1]), add8(q[2], q[3]));
 }
 inline void interleave4(const I32x8 (&q)[4], I32x16 (&out)[2]) {
-  int32_t from[4][8], to[32];
-  for (int i = 0; i < 4; i++) get_lanes(from[i], q[i]);
-  for (int i = 0; i < 32; i++) to[i] = from[i % 4][i / 4];
-  out[0] = load_int16(to);
-  out[1] = load_int16(to + 16);
+  const I32x16 even = interleave2(q[0], q[2]), odd = interleave2(q[1], q[3]);
+  out[0] = interleave2(even.lo, odd.lo);
+  out[1] = interleave2(even.hi, odd.hi);
 }
 inline I32x16 widen8(I32x8 a) {
-  int32_t to[16] = {};
-  get_lanes(to, a);
-  return load_int16(to);
+  return {a, set_int8(0)};
 }
+// Sixteen rows of 64 bytes to sixteen vectors of one 32-bit word a row, `stride` bytes apart.
 inline void transpose_words(const Bytes64 (&in)[16], void* out, size_t stride) {
-  uint32_t words[16][16];
-  for (int i = 0; i < 16; i++) store64(words[i], in[i]);
-  for (int j = 0; j < 16; j++) {
-    char* to = static_cast<char*>(out) + stride * static_cast<size_t>(j);
-    for (int i = 0; i < 16; i++) std::memcpy(to + 4 * i, &words[i][j], 4);
-  }
+  each<2>([&](auto rows) GLM5_INLINE {
+    each<2>([&](auto part) GLM5_INLINE {
+      F32x8 words[8];
+      each<8>([&](auto i) GLM5_INLINE { words[i] = floats_of(part == 0 ? in[8 * rows + i].lo : in[8 * rows + i].hi); });
+      transpose8(words);
+      each<8>([&](auto i) GLM5_INLINE {
+        store8(reinterpret_cast<float*>(static_cast<char*>(out) + stride * static_cast<size_t>(8 * part + i) + 32 * rows), words[i]);
+      });
+    });
+  });
 }
 inline void transpose_floats(const F32x16 (&in)[16], F32x16 (&out)[16]) {
-  float lanes[16][16], turned[16][16];
-  for (int i = 0; i < 16; i++) store16(lanes[i], in[i]);
-  for (int j = 0; j < 16; j++)
-    for (int i = 0; i < 16; i++) turned[j][i] = lanes[i][j];
-  for (int j = 0; j < 16; j++) out[j] = load16(turned[j]);
+  each<2>([&](auto rows) GLM5_INLINE {
+    each<2>([&](auto part) GLM5_INLINE {
+      F32x8 lanes[8];
+      each<8>([&](auto i) GLM5_INLINE { lanes[i] = part == 0 ? in[8 * rows + i].lo : in[8 * rows + i].hi; });
+      transpose8(lanes);
+      each<8>([&](auto i) GLM5_INLINE { (rows == 0 ? out[8 * part + i].lo : out[8 * part + i].hi) = lanes[i]; });
+    });
+  });
 }
 #endif
 
