@@ -4,8 +4,8 @@
 
 Two ceilings of int8 products: the best of oneDNN (`torch._int_mm`, 2048 x 4096 x 4096), which is what a
 good library reaches and what `share` is of, and the registers' own peak, which it is of where oneDNN has
-no int8 product for the machine (without VNNI it takes a thousand times as long). Prompts of 512 and 4096 tokens,
-attention included. The last line is JSON: share (of the binding ceiling, the worse prompt),
+no int8 product for the machine (without VNNI it takes a thousand times as long). Prompts of 512 and 4096
+tokens, attention included. The last line is JSON: share (of the binding ceiling, the worse prompt),
 vs_llama_cpp (of 512 tokens; null without `--llama-bench`).
 """
 

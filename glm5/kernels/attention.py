@@ -16,7 +16,7 @@ from torch import Tensor
 
 from glm5.kernels import cpu, cuda
 from glm5.kernels.cuda.modules import GpuIndexer, absorbed
-from glm5.kernels.modules import Movable, runs_natively
+from glm5.kernels.modules import Movable, PackedLinear, runs_natively
 from glm5.kernels.selection import SlotSelection, query_mask, query_rows, visible_slots
 from glm5.model.attention import MultiHeadLatentAttention
 from glm5.model.indexer import Selection
@@ -51,7 +51,7 @@ class NativeIndexer(GpuIndexer):
 class NativeAttention(Movable, MultiHeadLatentAttention):
     """MLA whose absorbed form, index scores and selection run in the native library."""
 
-    _kept_by_address = ("_kv_b",)
+    _kept_by_address = ("_kv_b", "_kv_b_floats")
 
     @classmethod
     def of(cls, attention: MultiHeadLatentAttention) -> NativeAttention:
@@ -63,7 +63,13 @@ class NativeAttention(Movable, MultiHeadLatentAttention):
 
     @cached_property
     def _kv_b(self) -> cpu.Matrix:
-        return cpu.Matrix(self.kv_b_proj.weight.detach())
+        layer = self.kv_b_proj
+        return layer.matrix if isinstance(layer, PackedLinear) else cpu.Matrix(layer.weight.detach())
+
+    @cached_property
+    def _kv_b_floats(self) -> Tensor:
+        """What a GPU multiplies by parts of: 29 MB a layer of GLM-5, unpacked once."""
+        return self.kv_b_proj.weight.detach().to(self.kv_a_layernorm.weight.dtype)
 
     def forward(
         self,
@@ -100,14 +106,14 @@ class NativeAttention(Movable, MultiHeadLatentAttention):
         selection: Selection | None,
     ) -> Tensor:
         if cuda.runs_here(q_nope):
-            return absorbed(self, q_nope, q_rope, latents_BSC, visible, selection)
+            return absorbed(self, self._kv_b_floats, q_nope, q_rope, latents_BSC, visible, selection)
         return super()._absorbed(q_nope, q_rope, latents_BSC, visible, selection)
 
     def _applies(self, x_BTD: Tensor, visible: Visibility) -> bool:
         widths = (self.latent_dim, self.latent_dim + self.rotary_dim)
         fits = self.interleaved and all(width % 16 == 0 for width in widths)
         few = self._absorbed_is_cheaper(x_BTD.shape[1], visible.num_keys)
-        return runs_natively(x_BTD) and self.kv_b_proj.weight.device.type == "cpu" and fits and few
+        return runs_natively(x_BTD) and self.kv_a_layernorm.weight.device.type == "cpu" and fits and few
 
     def _expanded(
         self,

@@ -235,12 +235,13 @@ class Slots(NamedTuple):
 
 def attend(
     q_NHq: Tensor, kv_b: Matrix, turns_Nr: Tensor, cache_BSC: Tensor, rows: Tensor, chosen: Slots, *,
-    nope: int, value: int, scale: float,
+    nope: int, value: int, scale: float, exact: bool = False,
 ) -> Tensor:  # fmt: skip
     """Absorbed MLA attention of N queries, [N, H, value] in the dtype of q.
 
     q: [N, H, nope + rotary], not yet rotated. turns: complex64 [N, rotary / 2]. cache: [B, S, latent +
-    rotary], any row stride. rows: int32 [N], the cache row of each query.
+    rotary], any row stride. rows: int32 [N], the cache row of each query. exact: what the heads mixed meets
+    integer weights unrounded.
     """
     count, heads, query = q_NHq.shape
     rotary = query - nope
@@ -257,7 +258,7 @@ def attend(
         cache_BSC.data_ptr(), cache_BSC.dtype == torch.bfloat16,
         cache_BSC.stride(0) * cache_BSC.element_size(), out.data_ptr(), count, heads, nope, rotary, value,
         rows.data_ptr(), 0 if slots is None else slots.data_ptr(), chosen.counts.data_ptr(),
-        0 if slots is None else slots.shape[1], scale,
+        0 if slots is None else slots.shape[1], scale, exact,
     )  # fmt: skip
     return out
 

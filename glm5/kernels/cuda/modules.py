@@ -19,13 +19,16 @@ from glm5.model.rotary import Rotation
 
 
 def absorbed(
-    attention: MultiHeadLatentAttention, q_nope: Tensor, q_rope: Tensor, latents_BSC: Tensor,
+    attention: MultiHeadLatentAttention, kv_b: Tensor, q_nope: Tensor, q_rope: Tensor, latents_BSC: Tensor,
     visible: Visibility, selection: Selection | None,
 ) -> Tensor:  # fmt: skip
-    """What `MultiHeadLatentAttention._absorbed` computes, [B, T, H, v], reading the cache once."""
+    """What `MultiHeadLatentAttention._absorbed` computes, [B, T, H, v], reading the cache once.
+
+    kv_b: the weight of kv_b_proj in the dtype of the queries.
+    """
     batch, queries, heads, nope = q_nope.shape
     count, device = batch * queries, q_nope.device
-    up = attention.kv_b_proj.weight.view(heads, nope + attention.value_dim, attention.latent_dim)
+    up = kv_b.view(heads, nope + attention.value_dim, attention.latent_dim)
     w_uk, w_uv = up.split_with_sizes([nope, attention.value_dim], dim=1)
     q_latent = torch.bmm(q_nope.reshape(count, heads, nope).transpose(0, 1), w_uk).transpose(0, 1)
     q_NHC = torch.cat((q_latent, q_rope.reshape(count, heads, -1)), dim=-1)

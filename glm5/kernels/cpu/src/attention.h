@@ -11,12 +11,11 @@ namespace glm5 {
 namespace GLM5_ISA {
 
 constexpr int kSlots = 16;
-// What the registers hold: heads and slots whose scores are summed side by side, vectors of columns that four
-// heads mix, keys that the indexer scores together.
+// What the registers hold: vectors of columns that four heads mix, keys that the indexer scores together.
 #if defined(__AVX512F__)
-constexpr int kScoreHeads = 4, kScoreSlots = 4, kMixVectors = 4, kScoredKeys = 8;
+constexpr int kMixVectors = 4, kScoredKeys = 8;
 #else
-constexpr int kScoreHeads = 2, kScoreSlots = 2, kMixVectors = 1, kScoredKeys = 2;
+constexpr int kMixVectors = 1, kScoredKeys = 2;
 #endif
 
 // Interleaved rotation of x[2j], x[2j+1] by cos[j], sin[j].
@@ -28,33 +27,48 @@ inline void rotate_pairs(float* x, const float* turns, int pairs) {
   }
 }
 
-// scores[h][s] = q[h] . rows[s], sixteen sums of some heads and slots at a time.
+// scores[h][s] = q[h] . rows[s], four heads by four slots: 16 sums in registers, or eight halves of sums at a time.
 inline void score_tile(const float* q, int heads, const float* rows, int width, float* scores) {
-  constexpr int kParts = 16 / (kScoreHeads * kScoreSlots);  // of sixteen sums, each in registers
-  constexpr int kTogether = kScoreSlots * kParts;           // slots
-  for (int h = 0; h < heads; h += kScoreHeads) {
-    for (int s = 0; s < kSlots; s += kTogether) {
-      F32x16 done[16];  // head i / kTogether, slot i % kTogether
-      each<kParts>([&](auto part) GLM5_INLINE {
-        F32x16 acc[kScoreHeads][kScoreSlots];
-        each<kScoreHeads>([&](auto i) GLM5_INLINE { each<kScoreSlots>([&](auto j) GLM5_INLINE { acc[i][j] = zero16(); }); });
-        const float* first = rows + static_cast<size_t>(s + part * kScoreSlots) * width;
-        for (int k = 0; k < width; k += 16) {
-          F32x16 row[kScoreSlots];
-          each<kScoreSlots>([&](auto j) GLM5_INLINE { row[j] = load16(first + static_cast<size_t>(j) * width + k); });
-          each<kScoreHeads>([&](auto i) GLM5_INLINE {
-            const F32x16 query = load16(q + static_cast<size_t>(std::min<int>(h + i, heads - 1)) * width + k);
-            each<kScoreSlots>([&](auto j) GLM5_INLINE { acc[i][j] = fma(query, row[j], acc[i][j]); });
+  const size_t stride = static_cast<size_t>(width);
+  for (int h = 0; h < heads; h += 4) {
+    const float* queries[4];
+    for (int i = 0; i < 4; i++) queries[i] = q + static_cast<size_t>(std::min(h + i, heads - 1)) * stride;
+    for (int s = 0; s < kSlots; s += 4) {
+      const float* first = rows + static_cast<size_t>(s) * stride;
+      F32x16 acc[16];  // head i / 4, slot i % 4
+#if defined(__AVX512F__)
+      each<16>([&](auto i) GLM5_INLINE { acc[i] = zero16(); });
+      for (size_t k = 0; k < stride; k += 16) {
+        F32x16 row[4];
+        each<4>([&](auto j) GLM5_INLINE { row[j] = load16(first + j * stride + k); });
+        each<4>([&](auto i) GLM5_INLINE {
+          const F32x16 query = load16(queries[i] + k);
+          each<4>([&](auto j) GLM5_INLINE { acc[4 * i + j] = fma(query, row[j], acc[4 * i + j]); });
+        });
+      }
+#else
+      for (int pair = 0; pair < 4; pair += 2) {
+        for (size_t half = 0; half < 16; half += 8) {
+          F32x8 part[4][2];
+          each<4>([&](auto i) GLM5_INLINE { part[i][0] = part[i][1] = zero8(); });
+          const float* one = first + static_cast<size_t>(pair) * stride;
+          for (size_t k = half; k < stride; k += 16) {
+            const F32x8 row0 = load8(one + k), row1 = load8(one + stride + k);
+            each<4>([&](auto i) GLM5_INLINE {
+              const F32x8 query = load8(queries[i] + k);
+              part[i][0] = fma(query, row0, part[i][0]);
+              part[i][1] = fma(query, row1, part[i][1]);
+            });
+          }
+          each<4>([&](auto i) GLM5_INLINE {
+            for (int j = 0; j < 2; j++) (half ? acc[4 * i + pair + j].hi : acc[4 * i + pair + j].lo) = part[i][j];
           });
         }
-        each<kScoreHeads>([&](auto i) GLM5_INLINE {
-          each<kScoreSlots>([&](auto j) GLM5_INLINE { done[i * kTogether + part * kScoreSlots + j] = acc[i][j]; });
-        });
-      });
+      }
+#endif
       float sums[16];
-      store16(sums, sum_sixteen(done));
-      for (int i = 0; i < std::min(kScoreHeads, heads - h); i++)
-        std::memcpy(scores + (h + i) * kSlots + s, sums + kTogether * i, 4 * static_cast<size_t>(kTogether));
+      store16(sums, sum_sixteen(acc));
+      for (int i = 0; i < std::min(4, heads - h); i++) std::memcpy(scores + (h + i) * kSlots + s, sums + 4 * i, 16);
     }
   }
 }
@@ -182,7 +196,15 @@ inline void attend(const AttendCall& call) {
       for (int h = 0; h < heads; h++) {
         const int row = (h0 + h) * per_head + call.nope;
         const int zero = 0;
-        float_product(w, row, row + call.value, mixed + static_cast<size_t>(h) * call.latent, 0, &zero, 1, out, 0);
+        const float* mine = mixed + static_cast<size_t>(h) * call.latent;
+        if (by_integers(w, call.exact)) {
+          static thread_local QuantisedRows rounded;
+          rounded.shape(1, call.latent, w.block(), w.codes);
+          quantise_row(mine, rounded, 0);
+          integer_product(w, row, row + call.value, rounded, &zero, 1, out, 0);
+        } else {
+          float_product(w, row, row + call.value, mine, 0, &zero, 1, out, 0);
+        }
         const size_t at = (static_cast<size_t>(t) * call.heads + h0 + h) * call.value;
         narrow(out, static_cast<char*>(call.out) + at * (call.bf16 ? 2 : 4), call.bf16, call.value);
       }

@@ -70,7 +70,7 @@ void run_moe(const MoeLayer& layer, uintptr_t x, bool x_bf16, int count, uintptr
 
 void run_attend(const Matrix& kv_b, uintptr_t q, bool bf16, uintptr_t turns, uintptr_t cache, bool cache_bf16, size_t cache_row_bytes,
                 uintptr_t out, int count, int heads, int nope, int rotary, int value, uintptr_t cache_rows, uintptr_t slots,
-                uintptr_t counts, int max_slots, float scale) {
+                uintptr_t counts, int max_slots, float scale, bool exact) {
   AttendCall call;
   call.kv_b = &kv_b;
   call.q = at<const void>(q), call.bf16 = bf16, call.turns = at<const float>(turns);
@@ -78,7 +78,7 @@ void run_attend(const Matrix& kv_b, uintptr_t q, bool bf16, uintptr_t turns, uin
   call.out = at<void>(out);
   call.count = count, call.heads = heads, call.nope = nope, call.rotary = rotary, call.latent = kv_b.cols, call.value = value;
   call.cache_rows = at<const int32_t>(cache_rows), call.slots = at<const int32_t>(slots);
-  call.counts = at<const int32_t>(counts), call.max_slots = max_slots, call.scale = scale;
+  call.counts = at<const int32_t>(counts), call.max_slots = max_slots, call.scale = scale, call.exact = exact;
   nb::gil_scoped_release release;
   table().attend(call);
 }

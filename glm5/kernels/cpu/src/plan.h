@@ -80,6 +80,7 @@ struct AttendCall {
   const void* cache = nullptr;   // [rows, capacity, latent + rotary]
   void* out = nullptr;           // [count, heads, value]
   bool bf16 = false, cache_bf16 = false;  // q and out; cache
+  bool exact = false;                     // W_UV meets unrounded activations
   int count = 0, heads = 0, nope = 0, rotary = 0, latent = 0, value = 0;
   size_t cache_row_bytes = 0;
   const int32_t* cache_rows = nullptr;  // [count]

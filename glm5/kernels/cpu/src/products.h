@@ -48,15 +48,13 @@ GLM5_INLINE inline F32x16 load_scales(Scales type, const void* scales, size_t at
       default: return load16(static_cast<const float*>(scales) + at);
     }
   }
-  float some[16] = {};
-  for (int i = 0; i < count; i++) {
-    switch (type) {
-      case Scales::bf16: some[i] = bf16_to_float(static_cast<const uint16_t*>(scales)[at + i]); break;
-      case Scales::f16: some[i] = f16_to_float(static_cast<const uint16_t*>(scales)[at + i]); break;
-      default: some[i] = static_cast<const float*>(scales)[at + i];
-    }
-  }
-  return load16(some);
+  if (type == Scales::f32) return load16(static_cast<const float*>(scales) + at, count);
+  uint16_t some[16] = {};
+  const auto* from = static_cast<const uint16_t*>(scales) + at;
+  int i = 0;
+  if (count >= 8) std::memcpy(some, from, 16), i = 8;
+  for (; i < count; i++) some[i] = from[i];
+  return type == Scales::bf16 ? load_bf16(some) : load_f16(some);
 }
 
 inline float scale_at(const Matrix& m, size_t at) {
@@ -124,7 +122,7 @@ GLM5_INLINE inline void eight_chunks(const uint8_t* from, const uint8_t* ahead, 
   I32x16 acc[T][8];
   each<8>([&](auto c) GLM5_INLINE {
     if constexpr (Whole) fetch(ahead + 64 * c);
-    const Bytes64 w = Whole ? load64(from + 64 * c) : load64(from + 64 * c, std::max(0, bytes - 64 * c));
+    const Bytes64 w = Whole || bytes >= 64 * (c + 1) ? load64(from + 64 * c) : load64(from + 64 * c, std::max(0, bytes - 64 * c));
     each<T>([&](auto t) GLM5_INLINE {
       if (!Whole && bytes <= 64 * c) {
         acc[t][c] = zero_int16();
@@ -371,6 +369,30 @@ inline void integer_product(const Matrix& m, int r0, int r1, const QuantisedRows
 
 // ---------------------------------------------------------------- float weights, and integers exactly
 
+// Sixteen codes of a row as floats around zero.
+template <Codes C>
+GLM5_INLINE inline F32x16 codes16(const uint8_t* row, int k) {
+  if constexpr (C == Codes::int4) return load_nibbles(row + k / 2) - set16(8.0f);
+  else return load_bytes(row + k) - set16(128.0f);
+}
+
+// The scales of R rows, told again only where a group of columns begins.
+template <Codes C, int R>
+struct GroupScales {
+  int until = 0;
+  F32x16 scale[R];
+  GLM5_INLINE inline GroupScales() { each<R>([&](auto r) GLM5_INLINE { scale[r] = zero16(); }); }
+  GLM5_INLINE inline void at(const Matrix& m, int row, int k) {
+    if constexpr (C == Codes::int4 || C == Codes::int8) {
+      if (k < until) return;
+      const int g = k / m.group;
+      until = (g + 1) * m.group;
+      each<R>([&](auto r) GLM5_INLINE { scale[r] = set16(scale_at(m, static_cast<size_t>(row + r) * static_cast<size_t>(m.groups()) + static_cast<size_t>(g))); });
+    }
+  }
+};
+inline bool whole_groups(const Matrix& m) { return m.group % 16 == 0 || m.group >= m.cols; }
+
 // Sixteen weights of a row from column k on, as floats (for int4 and int8 the exact values).
 template <Codes C>
 inline F32x16 weights16(const Matrix& m, const uint8_t* row, int r, int k) {
@@ -383,13 +405,19 @@ inline F32x16 weights16(const Matrix& m, const uint8_t* row, int r, int k) {
     return load_e4m3(row + k) * set16(scale);
   }
   if constexpr (C == Codes::int4 || C == Codes::int8) {
-    const F32x16 codes = C == Codes::int4 ? load_nibbles(row + k / 2) - set16(8.0f) : load_bytes(row + k) - set16(128.0f);
     const size_t groups = static_cast<size_t>(r) * static_cast<size_t>(m.groups());
-    if (m.group % 16 == 0 || m.group >= m.cols) return codes * set16(scale_at(m, groups + static_cast<size_t>(k / m.group)));
     float scales[16];
     for (int i = 0; i < 16; i++) scales[i] = scale_at(m, groups + static_cast<size_t>((k + i) / m.group));
-    return codes * load16(scales);
+    return codes16<C>(row, k) * load16(scales);
   }
+}
+
+template <Codes C>
+GLM5_INLINE inline F32x16 scaled_weights16(const Matrix& m, const uint8_t* row, int r, int k, bool whole, const F32x16& scale) {
+  if constexpr (C == Codes::int4 || C == Codes::int8) {
+    if (whole) return codes16<C>(row, k) * scale;
+  }
+  return weights16<C>(m, row, r, k);
 }
 
 // The last columns of a row, in a copy that may be read past its end.
@@ -419,13 +447,18 @@ void add_weight_rows_of(const Matrix& m, int row, const float* factors, float* t
   const uint8_t* from[R];
   for (int r = 0; r < R; r++) from[r] = m.data + static_cast<size_t>(row + r) * m.row_bytes();
   for (size_t at = 0; at < R * m.row_bytes(); at += 64) fetch(from[0] + at + kAhead);
-  for (int k = 0; k < m.cols; k += 16) {
-    const int count = std::min(16, m.cols - k);
+  int k = 0;
+  const bool whole = whole_groups(m);
+  GroupScales<C, R> scales;
+  for (; k + 16 <= m.cols; k += 16) {
+    if (whole) scales.at(m, row, k);
+    F32x16 sum = load16(to + k);
+    each<R>([&](auto r) GLM5_INLINE { sum = fma(set16(factors[r]), scaled_weights16<C>(m, from[r], row + r, k, whole, scales.scale[r]), sum); });
+    store16(to + k, sum);
+  }
+  if (const int count = m.cols - k) {
     F32x16 sum = load16(to + k, count);
-    each<R>([&](auto r) GLM5_INLINE {
-      const F32x16 w = count == 16 ? weights16<C>(m, from[r], row + r, k) : last_weights<C>(m, from[r], row + r, k);
-      sum = fma(set16(factors[r]), w, sum);
-    });
+    each<R>([&](auto r) GLM5_INLINE { sum = fma(set16(factors[r]), last_weights<C>(m, from[r], row + r, k), sum); });
     store16(to + k, sum, count);
   }
 }
@@ -457,13 +490,16 @@ void float_tile(const Matrix& m, int row, const float* const* x, float* const* o
   for (int r = 0; r < R; r++) from[r] = m.data + static_cast<size_t>(row + r) * m.row_bytes();
   const size_t bytes_16 = C == Codes::f32 ? 64 : C == Codes::bf16 || C == Codes::f16 ? 32 : 16;
   int k = 0;
+  const bool whole = whole_groups(m);
+  GroupScales<C, R> scales;
   for (; k + 16 <= m.cols; k += 16) {
+    if (whole) scales.at(m, row, k);
     const size_t at = static_cast<size_t>(k / 16) * bytes_16;
     if (at % 64 == 0) for (int r = 0; r < R; r++) fetch(from[r] + at + kAhead);
     F32x16 acts[T];
     for (int t = 0; t < T; t++) acts[t] = load16(x[t] + k);
     for (int r = 0; r < R; r++) {
-      const F32x16 w = weights16<C>(m, from[r], row + r, k);
+      const F32x16 w = scaled_weights16<C>(m, from[r], row + r, k, whole, scales.scale[r]);
       for (int t = 0; t < T; t++) acc[r][t] = fma(w, acts[t], acc[r][t]);
     }
   }

@@ -309,6 +309,12 @@ inline F32x8 zero8() { return {_mm256_setzero_ps()}; }
 inline F32x8 set8(float x) { return {_mm256_set1_ps(x)}; }
 inline F32x8 load8(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline void store8(float* p, F32x8 x) { _mm256_storeu_ps(p, x.v); }
+// The first `count` lanes: none of them for a count of 0 and less, all for 8 and more.
+inline __m256i lanes_below(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline F32x8 load8(const float* p, int count) { return {_mm256_maskload_ps(p, lanes_below(count))}; }
+inline void store8(float* p, F32x8 x, int count) { _mm256_maskstore_ps(p, lanes_below(count), x.v); }
 inline F32x8 operator+(F32x8 a, F32x8 b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline F32x8 operator-(F32x8 a, F32x8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline F32x8 operator*(F32x8 a, F32x8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
@@ -463,6 +469,8 @@ inline F32x8 set8(float x) { F32x8 r; GLM5_LANES r.v[i] = x; return r; }
 inline F32x8 zero8() { return set8(0); }
 inline F32x8 load8(const float* p) { F32x8 r; std::memcpy(r.v, p, 32); return r; }
 inline void store8(float* p, F32x8 x) { std::memcpy(p, x.v, 32); }
+inline F32x8 load8(const float* p, int count) { F32x8 r; GLM5_LANES r.v[i] = i < count ? p[i] : 0; return r; }
+inline void store8(float* p, F32x8 x, int count) { GLM5_LANES if (i < count) p[i] = x.v[i]; }
 inline F32x8 operator+(F32x8 a, F32x8 b) { GLM5_LANES a.v[i] += b.v[i]; return a; }
 inline F32x8 operator-(F32x8 a, F32x8 b) { GLM5_LANES a.v[i] -= b.v[i]; return a; }
 inline F32x8 operator*(F32x8 a, F32x8 b) { GLM5_LANES a.v[i] *= b.v[i]; return a; }
@@ -564,17 +572,9 @@ struct Bytes64 { Bytes32 lo, hi; };
 inline F32x16 zero16() { return {zero8(), zero8()}; }
 inline F32x16 set16(float x) { return {set8(x), set8(x)}; }
 inline F32x16 load16(const float* p) { return {load8(p), load8(p + 8)}; }
-inline F32x16 load16(const float* p, int count) {
-  float full[16] = {};
-  std::memcpy(full, p, 4 * static_cast<size_t>(count));
-  return load16(full);
-}
+inline F32x16 load16(const float* p, int count) { return {load8(p, count), load8(p + 8, count - 8)}; }
 inline void store16(float* p, F32x16 x) { store8(p, x.lo); store8(p + 8, x.hi); }
-inline void store16(float* p, F32x16 x, int count) {
-  float full[16];
-  store16(full, x);
-  std::memcpy(p, full, 4 * static_cast<size_t>(count));
-}
+inline void store16(float* p, F32x16 x, int count) { store8(p, x.lo, count), store8(p + 8, x.hi, count - 8); }
 inline F32x16 operator+(F32x16 a, F32x16 b) { return {a.lo + b.lo, a.hi + b.hi}; }
 inline F32x16 operator-(F32x16 a, F32x16 b) { return {a.lo - b.lo, a.hi - b.hi}; }
 inline F32x16 operator*(F32x16 a, F32x16 b) { return {a.lo * b.lo, a.hi * b.hi}; }
