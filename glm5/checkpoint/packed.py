@@ -55,8 +55,7 @@ class PackedWeight(NamedTuple):
 def pack_modules(model: GlmForCausalLM, scheme_of: SchemeOf) -> list[PackedWeight]:
     """Swap every layer that `scheme_of(module name on disk)` gives a scheme; returns what to fill.
 
-    The experts of a layer must agree. Layers that no whole groups fill stay floats. MLA's kv_b_proj
-    is never packed: its absorbed form multiplies by parts of the matrix.
+    The experts of a layer must agree. Layers that no whole groups fill stay floats.
     """
     found: list[PackedWeight] = []
     for path, module in list(model.named_modules()):
@@ -67,7 +66,7 @@ def pack_modules(model: GlmForCausalLM, scheme_of: SchemeOf) -> list[PackedWeigh
                 _set(model, path, PackedMixture(module, experts, shared))
                 found += _expert_weights(_disk_module(model, f"{path}.experts"), experts)
     for path, module in list(model.named_modules()):
-        if isinstance(module, Linear) and not path.endswith("kv_b_proj"):
+        if isinstance(module, Linear):
             name = _disk_module(model, path)
             scheme = scheme_of(name)
             if scheme is not None and _fits(module.in_features, scheme):

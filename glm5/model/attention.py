@@ -164,7 +164,8 @@ class MultiHeadLatentAttention(nn.Module):
         selection: Selection | None,
     ) -> Tensor:
         batch, num_queries, heads, _ = q_nope.shape
-        up = self.kv_b_proj.weight.view(heads, self.nope_dim + self.value_dim, self.latent_dim)
+        up = self.kv_b_proj.weight.to(q_nope.dtype)  # packed integers unpack to fp32
+        up = up.view(heads, self.nope_dim + self.value_dim, self.latent_dim)
         w_uk, w_uv = up.split_with_sizes([self.nope_dim, self.value_dim], dim=1)
         rows = batch * num_queries
         q_latent = torch.bmm(q_nope.reshape(rows, heads, self.nope_dim).transpose(0, 1), w_uk)

@@ -30,6 +30,7 @@ from glm5.quantize.sources import WeightSource
 ATTENTION = (
     ("q_a_proj", "q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa", "indexer.wk", "indexer.weights_proj"),
     ("q_b_proj", "indexer.wq_b"),
+    ("kv_b_proj",),
     ("o_proj",),
 )
 GATE_UP, DOWN = ("gate_proj", "up_proj"), ("down_proj",)

@@ -15,9 +15,9 @@ from glm5.kernels.modules import Scheme
 from glm5.kernels.packing import BITS
 
 # Small, or decisive for the answer; a rule may overrule it.
-KEPT = ("lm_head", "*.embed_tokens", "*.mlp.gate", "*.self_attn.indexer.*", "*.eh_proj")
-# Read in a way of its own: MLA's absorbed form multiplies by parts of the matrix.
-NEVER = "*.self_attn.kv_b_proj"
+KEPT = ("lm_head", "*.embed_tokens", "*.mlp.gate", "*.eh_proj")
+# The indexer's keys, which choose what is read; vLLM joins the two into one matrix of floats.
+NEVER = ("*.indexer.wk", "*.indexer.weights_proj")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Recipe:
 
     def scheme_of(self, module: str) -> Scheme | None:
         """The scheme of a linear layer by its module name on disk; None = it stays as it is."""
-        if fnmatchcase(module, NEVER):
+        if never_rounded(module):
             return None
         bits = self.bits
         for pattern, chosen in (*((kept, 0) for kept in KEPT), *self.rules):
@@ -63,11 +63,17 @@ class Recipe:
         return {"bits": self.bits, "group": self.group, "rules": [list(rule) for rule in self.rules]}
 
 
+def never_rounded(module: str) -> bool:
+    """Does no rule reach this linear layer?"""
+    return any(fnmatchcase(module, pattern) for pattern in NEVER)
+
+
 def widest_group(config: ModelConfig) -> int:
     """The largest of 64 and 32 that divides every width a linear layer of this model reads."""
     widths = [config.hidden_size, config.intermediate_size, config.moe_intermediate_size]
     if config.uses_mla:
-        widths += [config.num_attention_heads * config.v_head_dim, config.q_lora_rank or 0]
+        widths += [config.num_attention_heads * config.v_head_dim]
+        widths += [config.q_lora_rank or 0, config.kv_lora_rank or 0]
     else:
         widths.append(config.num_attention_heads * config.attention_head_dim)
     return 64 if all(width % 64 == 0 for width in widths) else 32

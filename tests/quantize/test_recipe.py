@@ -25,11 +25,19 @@ def bits_of(recipe: Recipe, module: str) -> int:
 def test_every_other_linear_layer_has_the_default_scheme() -> None:
     recipe = Recipe()
     for module in (EXPERT, "model.layers.0.self_attn.q_a_proj", "model.layers.0.self_attn.o_proj",
-                   "model.layers.0.mlp.down_proj", "model.layers.3.mlp.shared_experts.up_proj"):  # fmt: skip
+                   "model.layers.0.mlp.down_proj", "model.layers.3.mlp.shared_experts.up_proj",
+                   "model.layers.3.self_attn.kv_b_proj",
+                   "model.layers.3.self_attn.indexer.wq_b"):  # fmt: skip
         assert recipe.scheme_of(module) == Scheme(4, 64, torch.bfloat16)
-    for kept in ("lm_head", "model.embed_tokens", "model.layers.3.mlp.gate", "model.layers.3.eh_proj",
-                 "model.layers.3.self_attn.kv_b_proj", "model.layers.3.self_attn.indexer.wq_b"):  # fmt: skip
+    for kept in ("lm_head", "model.embed_tokens", "model.layers.3.mlp.gate", "model.layers.3.eh_proj"):
         assert recipe.scheme_of(kept) is None
+
+
+def test_no_rule_reaches_the_keys_of_the_indexer() -> None:
+    recipe = Recipe.of(8, 64, ["*=8", "*.indexer.*=4"], [])
+    assert bits_of(recipe, "model.layers.3.self_attn.indexer.wq_b") == 4
+    for module in ("model.layers.3.self_attn.indexer.wk", "model.layers.3.self_attn.indexer.weights_proj"):
+        assert bits_of(recipe, module) == 0
 
 
 def test_the_last_pattern_that_fits_counts() -> None:
@@ -86,7 +94,7 @@ def test_a_scheme_says_what_a_weight_costs() -> None:
 def test_the_widest_group_divides_every_layer_that_is_rounded(model_type: str, width: int) -> None:
     changes = {"moe_intermediate_size": width, "hidden_size": 128, "intermediate_size": 256}
     if model_type != "glm4_moe":
-        changes |= {"q_lora_rank": 64, "v_head_dim": 32}
+        changes |= {"q_lora_rank": 64, "kv_lora_rank": 64, "v_head_dim": 32}
     else:
         changes |= {"head_dim": 32}
     config = small_config(model_type, **changes)
