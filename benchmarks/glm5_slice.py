@@ -74,7 +74,9 @@ def random_slice(moe_layers: int, seed: int = 0) -> GlmForCausalLM:
                         module.packed(expert, projection).scales.fill_(0.004)
             elif isinstance(module, PackedLinear):
                 _random_bytes(module.words)
-                module.scales.fill_(0.004)
+                # Codes average -1/2: with scales of one sign attention's layers would add that up over all
+                # columns, and every token would look alike to the router.
+                module.scales.copy_((torch.rand(module.scales.shape) < 0.5) * 0.008 - 0.004)
             elif isinstance(module, PackedMixture):
                 module.gate.e_score_correction_bias.zero_()
                 module.gate.e_score_correction_bias = module.gate.e_score_correction_bias.float()
