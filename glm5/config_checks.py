@@ -52,8 +52,15 @@ def check(config: ModelConfig) -> None:
         value = getattr(config, name)
         if not 0 <= value < math.inf:
             raise ConfigError(f"{name} is {value!r}; it must not be negative")
+    if config.uses_mla and config.q_lora_rank is not None and config.q_lora_rank <= 0:
+        raise ConfigError(f"q_lora_rank is {config.q_lora_rank}; it must be a positive integer or null")
     if config.head_dim is not None and config.head_dim <= 0:
         raise ConfigError(f"head_dim is {config.head_dim}; it must be a positive integer")
+    if config.attention_head_dim <= 0:
+        raise ConfigError(
+            f"hidden_size {config.hidden_size} leaves no width for num_attention_heads "
+            f"{config.num_attention_heads}; give a head_dim"
+        )
     if not 0 < config.partial_rotary_factor <= 1:
         raise ConfigError(f"partial_rotary_factor is {config.partial_rotary_factor}; it must be in (0, 1]")
     if config.attention_dropout != 0:
@@ -64,8 +71,8 @@ def check(config: ModelConfig) -> None:
         raise ConfigError(
             f"attention_mask_type is {config.attention_mask_type!r}; it must be causal or prefix"
         )
-    if config.rotary_dim % 2:
-        raise ConfigError(f"the rotary width is {config.rotary_dim}; it must be even")
+    if config.rotary_dim <= 0 or config.rotary_dim % 2:
+        raise ConfigError(f"the rotary width is {config.rotary_dim}; it must be positive and even")
     if not config.uses_mla and config.num_attention_heads % config.num_key_value_heads:
         raise ConfigError(
             f"num_attention_heads {config.num_attention_heads} is not a multiple of "

@@ -137,3 +137,12 @@ batch_rows = 2
     assert "going on from" in more.stderr
     answer = glm5("generate", "The quick", "--model", more.stdout.strip(), "-n", "3")
     assert answer.returncode == 0, answer.stderr
+
+
+def test_a_pattern_that_fits_nothing_is_one_line_and_exit_code_2(checkpoint: Path, tmp_path: Path) -> None:
+    for option in (("--set", "*.self_atn.*=8"), ("--keep", "*.self_atn.*")):
+        done = glm5("quantize", str(checkpoint), str(tmp_path / "int4"), "--group", "32", *option)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert "'*.self_atn.*'" in line and "'*.self_attn.*'" in line
+        assert not (tmp_path / "int4").exists()

@@ -225,6 +225,24 @@ def test_impossible_values_are_refused_by_name(key: str, value: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("changes", [{}, {"index_topk": None}], ids=["lite", "dsa"])
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_query_rank_that_may_be_left_out_is_still_a_size(changes: dict[str, Any], rank: int) -> None:
+    model_type = "glm_moe_dsa" if changes else "glm4_moe_lite"
+    assert tiny_config(model_type, q_lora_rank=None, **changes).q_lora_rank is None
+    with pytest.raises(ConfigError, match=rf"^q_lora_rank is {rank}; it must be a positive integer or null$"):
+        tiny_config(model_type, q_lora_rank=rank, **changes)
+
+
+def test_heads_without_width_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^hidden_size 4 leaves no width for num_attention_heads 8;.+head_dim"
+    ):
+        tiny_config("glm4_moe", head_dim=None, hidden_size=4, num_attention_heads=8)
+    with pytest.raises(ConfigError, match=r"^the rotary width is 0; it must be positive and even"):
+        tiny_config("glm4_moe", rope_parameters=None, partial_rotary_factor=0.01)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

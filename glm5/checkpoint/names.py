@@ -27,6 +27,18 @@ class Piece(NamedTuple):
         return tensor[self.part] if self.part else tensor
 
 
+class BankPart(NamedTuple):
+    """An expert's matrix within the bank of its layer, as `transformers` saves some models: a run of rows."""
+
+    bank: str  # on disk
+    shape: tuple[int, int, int]  # of the bank: experts, rows, columns
+    expert: int
+    rows: slice
+
+
+_EXPERT = re.compile(r"(model\.layers\.[0-9]{1,6}\.mlp\.experts)\.([0-9]{1,9})\.(gate|up|down)_proj\.weight")
+
+
 def state_tensors(model: GlmForCausalLM) -> dict[str, Tensor]:
     """Parameters and saved buffers by our names; a tied head is left out."""
     tensors = dict(model.state_dict(keep_vars=True))
@@ -63,9 +75,16 @@ def disk_name(name: str, config: ModelConfig) -> str:
     return f"model.layers.{config.num_hidden_layers + int(match[1])}.{match[2]}"
 
 
-def fused_name(piece: Piece, config: ModelConfig) -> str | None:
-    """The name of the whole bank, for files that store a layer's experts as one tensor."""
-    return disk_name(piece.parameter, config) if piece.part else None
+def bank_part(name: str, config: ModelConfig) -> BankPart | None:
+    """Where an expert's matrix lies in files that store a layer's experts as one tensor; None = no expert."""
+    match = _EXPERT.fullmatch(name)
+    if not match:
+        return None
+    experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+    if match[3] == "down":
+        return BankPart(f"{match[1]}.down_proj", (experts, hidden, width), int(match[2]), slice(0, hidden))
+    rows = slice(0, width) if match[3] == "gate" else slice(width, 2 * width)
+    return BankPart(f"{match[1]}.gate_up_proj", (experts, 2 * width, hidden), int(match[2]), rows)
 
 
 def is_mtp(name: str, config: ModelConfig) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from glm5.checkpoint import names
 from glm5.checkpoint.formats import Format, format_of
 from glm5.checkpoint.fp8 import BLOCK, SCALE_SUFFIX, block_dequantise
-from glm5.checkpoint.names import Piece
+from glm5.checkpoint.names import BankPart, Piece
 from glm5.checkpoint.packed import (
     PackedWeight,
     SchemeOf,
@@ -42,7 +42,7 @@ from glm5.model.transformer import GlmForCausalLM
 logger = logging.getLogger(__name__)
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
+_READ_AS_STORED = (torch.float32, torch.float16, torch.bfloat16)
 # Far past any model (GLM-5 has 2^40); torch cannot even describe much larger ones.
 MAX_PARAMETERS = 1 << 48
 MAX_BLOCK = 1 << 16
@@ -85,7 +85,7 @@ def load_model(
     with torch.device("meta"):
         model = model_class(config)
     packed = pack_modules(model, quantise or stored_scheme(form, index))
-    stored = Stored(directory, index, form, block)
+    stored = Stored(directory, index, form, block, config)
     sources = _match(stored, model, packed)
     dtype = dtype or _stored_dtype(config, index)
     device = torch.device(device)
@@ -107,7 +107,7 @@ def load_model(
         elif quantise is None:
             fill_packed(source.packed, index)
         else:
-            round_into(source.packed, stored.read(source.packed), index.file(source.first).path)
+            round_into(source.packed, stored.read(source.name), index.file(source.first).path)
         return source.num_bytes
 
     # What is rounded keeps all cores busy by itself, and one tensor in memory.
@@ -136,7 +136,7 @@ def stored_weights(directory: Path) -> tuple[ModelConfig, Stored]:
     config = ModelConfig.from_pretrained(directory)
     index = ShardIndex(directory)
     config = _without_absent_mtp(directory, config, index)
-    return config, Stored(directory, index, _form(directory, config), _block_size(directory, config))
+    return config, Stored(directory, index, _form(directory, config), _block_size(directory, config), config)
 
 
 def _refuse_interrupted_save(directory: Path) -> None:
@@ -193,15 +193,32 @@ class Source:
 
 
 class Stored:
-    """Logical weights of a directory, however they are stored."""
+    """Logical weights of a directory, however they are stored: experts one by one or as a layer's bank."""
 
     def __init__(
-        self, directory: Path, index: ShardIndex, form: Format | None, block: tuple[int, int]
-    ) -> None:
+        self, directory: Path, index: ShardIndex, form: Format | None, block: tuple[int, int],
+        config: ModelConfig,
+    ) -> None:  # fmt: skip
         self.directory, self.index, self.form, self.block = directory, index, form, block
+        self._config = config
 
     def names(self, name: str) -> list[str] | None:
-        """The tensors on disk that make up a weight; None = it is not there."""
+        """The tensors on disk that make up a weight, or the bank that holds it; None = it is not there."""
+        part = self.bank(name)
+        return self._own(name) if part is None else [part.bank]
+
+    def bank(self, name: str) -> BankPart | None:
+        """Where in a bank the weight lies; None = it is stored by itself, or not at all."""
+        part = names.bank_part(name, self._config)
+        if part is None or part.bank not in self.index:
+            return None
+        own = self._own(name)
+        if own is not None:
+            where = self.index.file(own[0]).path
+            raise CheckpointError(f"{where}: {name} is stored a second time within {part.bank}")
+        return part
+
+    def _own(self, name: str) -> list[str] | None:
         found = None if self.form is None else self.form.stored_names(name, self.index)
         if found is not None:
             return found
@@ -210,8 +227,20 @@ class Stored:
         is_fp8 = self.form is None and self.index[name].dtype_name == "F8_E4M3"
         return [name, name + SCALE_SUFFIX] if is_fp8 else [name]
 
+    def num_bytes(self, name: str) -> int:
+        """What is read for a weight that is there."""
+        part = self.bank(name)
+        if part is not None:
+            rows = part.rows.stop - part.rows.start
+            return rows * part.shape[2] * self.index[part.bank].dtype.itemsize
+        return sum(self.index[own].num_bytes for own in self._own(name) or [] if own in self.index)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The logical shape, after every header of the weight is checked."""
+        part = self.bank(name)
+        if part is not None:
+            self.check(part.bank, part.shape)
+            return part.rows.stop - part.rows.start, part.shape[2]
         if self.is_formed(name):
             assert self.form is not None
             return self.form.shape(name, self.index)
@@ -237,8 +266,15 @@ class Stored:
                 f"config.json asks for {list(wanted)}"
             )
 
+    def is_decoded(self, name: str) -> bool:
+        """Is the weight stored as codes with scales?"""
+        return self.is_formed(name) or (name in self.index and self.index[name].dtype_name == "F8_E4M3")
+
     def fill(self, name: str, target: Tensor) -> None:
-        if self.is_formed(name):
+        part = self.bank(name)
+        if part is not None:
+            target.copy_(self._read_part(part))
+        elif self.is_formed(name):
             assert self.form is not None
             target.copy_(self.form.read(name, self.index))
         else:
@@ -248,14 +284,35 @@ class Stored:
         """Can the bytes go from the file into `target` as they are?"""
         return not self.is_formed(name) and self.index[name].dtype == target.dtype
 
-    def read(self, weight: PackedWeight) -> Tensor:
-        """The float values of a weight that is to be rounded, in their stored precision or bf16."""
-        if self.is_formed(weight.name):
+    def dtype(self, name: str) -> torch.dtype:
+        """What `read` gives: fp32, fp16 and bf16 as they are stored, anything else as fp32.
+
+        A code times its scale has more bits than bf16 keeps, and who rounds the weight again should be
+        the only one that rounds it.
+        """
+        if self.is_decoded(name):
+            return torch.float32
+        stored = self.index[(self.names(name) or [name])[0]].dtype
+        return stored if stored in _READ_AS_STORED else torch.float32
+
+    def read(self, name: str) -> Tensor:
+        """The values of a weight in its `dtype`."""
+        part = self.bank(name)
+        if part is not None:
+            return self._read_part(part).to(self.dtype(name))
+        if self.is_formed(name):
             assert self.form is not None
-            return self.form.read(weight.name, self.index)
-        dtype = self.index[weight.name].dtype
-        values = torch.empty(weight.shape, dtype=dtype if dtype in _ROUNDED else torch.bfloat16)
-        _fill(self.index, weight.name, values, self.block)
+            return self.form.read(name, self.index)
+        values = torch.empty(self.index[name].shape, dtype=self.dtype(name))
+        _fill(self.index, name, values, self.block)
+        return values
+
+    def _read_part(self, part: BankPart) -> Tensor:
+        """One run of bytes; the rest of the bank is not read."""
+        columns, dtype = part.shape[2], self.index[part.bank].dtype
+        values = torch.empty(part.rows.stop - part.rows.start, columns, dtype=dtype)
+        offset = (part.expert * part.shape[1] + part.rows.start) * columns * dtype.itemsize
+        self.index.file(part.bank).read_into(part.bank, values, offset)
         return values
 
 
@@ -270,8 +327,7 @@ def _match(stored: Stored, model: GlmForCausalLM, packed: list[PackedWeight]) ->
         stored.check(name, shape)
         parts = stored.names(name) or [name]
         used.update(parts)
-        size = sum(index[part].num_bytes for part in parts if part in index)
-        sources.append(Source(name, parts[0], size, piece, weight))
+        sources.append(Source(name, parts[0], stored.num_bytes(name), piece, weight))
 
     for name, piece in _sources(stored, model).items():
         wanted = piece.of(torch.empty(shapes[piece.parameter], device="meta")).shape
@@ -288,18 +344,13 @@ def _sources(stored: Stored, model: GlmForCausalLM) -> dict[str, Piece]:
     """Where each wanted tensor goes, by its name on disk: expert by expert, or a layer's bank whole."""
     sources: dict[str, Piece] = {}
     for piece in names.pieces(model):
-        fused = names.fused_name(piece, model.config)
-        is_there = stored.names(piece.name) is not None
-        has_fused = fused is not None and fused in stored.index
-        if is_there and has_fused:
-            where = stored.index.file((stored.names(piece.name) or [piece.name])[0]).path
-            raise CheckpointError(f"{where}: {piece.name} is stored a second time within {fused}")
-        if is_there:
-            sources[piece.name] = piece
-        elif fused is not None and has_fused:
-            sources[fused] = Piece(fused, piece.parameter, ())
-        else:
+        if stored.names(piece.name) is None:
             raise CheckpointError(f"{stored.directory}: {piece.name} is missing; config.json asks for it")
+        part = stored.bank(piece.name)
+        if part is None:
+            sources[piece.name] = piece
+        else:
+            sources[part.bank] = Piece(part.bank, piece.parameter, ())
     return sources
 
 

@@ -37,6 +37,8 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F4": torch.float4_e2m1fn_x2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -49,11 +51,16 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Values in an element of torch's dtype: the header counts values along the last extent, torch bytes.
+_VALUES = {"F4": 2}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header says of a tensor; `start` and `end` are byte positions in the file."""
+    """What the header says of a tensor; `start` and `end` are byte positions in the file.
+
+    shape: in elements of `dtype`, of which one of F4 holds two values.
+    """
 
     name: str
     dtype_name: str
@@ -159,12 +166,16 @@ class SafetensorsFile:
         # torch multiplies the extents around a zero too.
         if math.prod(max(extent, 1) for extent in shape) > MAX_COUNT:
             raise refuse(f"shape {shape} is larger than any memory")
-        needed = math.prod(shape) * DTYPES[dtype_name].itemsize
+        values = _VALUES.get(dtype_name, 1)
+        if values > 1 and (not shape or shape[-1] % values):
+            raise refuse(f"{dtype_name} {shape} has half a byte at its end")
+        elements = (*shape[:-1], shape[-1] // values) if values > 1 else tuple(shape)
+        needed = math.prod(elements) * DTYPES[dtype_name].itemsize
         if needed != offsets[1] - offsets[0]:
             raise refuse(
                 f"{dtype_name} {shape} needs {needed} bytes, its offsets hold {offsets[1] - offsets[0]}"
             )
-        return TensorInfo(name, dtype_name, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+        return TensorInfo(name, dtype_name, elements, data_start + offsets[0], data_start + offsets[1])
 
     def read(self, name: str) -> Tensor:
         """A tensor in the stored dtype, on the CPU."""
@@ -231,9 +242,12 @@ def write_safetensors(path: Path, tensors: Iterable[PlannedTensor], *, alignment
     position = 0
     for tensor in planned:
         end = position + tensor.num_bytes
+        dtype_name, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        if dtype_name in _VALUES:
+            shape[-1] *= _VALUES[dtype_name]
         header[tensor.name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": dtype_name,
+            "shape": shape,
             "data_offsets": [position, end],
         }
         position = end

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -396,7 +395,7 @@ def quantised_config(config: ModelConfig, items: list[Item]) -> ModelConfig:
     groups = {}
     for number, (scheme, modules) in enumerate(sorted(by_scheme.items(), key=lambda kv: -len(kv[1]))):
         groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(by_scheme) == 1 else _targets(modules, by_scheme),
+            "targets": _targets(modules, by_scheme),
             "weights": {
                 "num_bits": scheme.bits, "type": "int", "symmetric": True, "strategy": "group",
                 "group_size": scheme.group, "dynamic": False, "observer": "minmax",
@@ -418,15 +417,28 @@ def quantised_config(config: ModelConfig, items: list[Item]) -> ModelConfig:
 
 
 def _targets(modules: list[str], by_scheme: dict[Scheme, list[str]]) -> list[str]:
-    """Patterns that name exactly these modules: numbers as `\\d+` where that takes no other's along."""
-    shared = {pattern for others in by_scheme.values() if others is not modules
-              for pattern in map(_pattern, others)}  # fmt: skip
-    exact = {"re:" + re.escape(module) + "$" for module in modules if _pattern(module) in shared}
-    return sorted({_pattern(module) for module in modules} - shared | exact)
+    """Patterns that name exactly these modules: numbers as `\\d+` where that takes no other's along.
+
+    vLLM tries every pattern for every layer, so that there must not be one for each expert.
+    """
+    if len(by_scheme) == 1:
+        return ["Linear", "re:lm_head$"] if "lm_head" in modules else ["Linear"]  # vLLM: another class
+    others = [module for members in by_scheme.values() if members is not modules for module in members]
+    targets: set[str] = set()
+    for named in (0, 1, 2):  # numbers told: none, the layer's, the expert's too
+        taken = {_pattern(module, named) for module in others}
+        targets |= {_pattern(module, named) for module in modules} - taken
+        modules = [module for module in modules if _pattern(module, named) in taken]
+    return sorted(targets)
 
 
-def _pattern(module: str) -> str:
-    return "re:" + r"\.".join(r"\d+" if part.isdigit() else part for part in module.split(".")) + "$"
+def _pattern(module: str, named: int) -> str:
+    """The module with its first `named` numbers as they are, and any number in the place of others."""
+    parts = module.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    for place in numbers[named:]:
+        parts[place] = r"\d+"
+    return "re:" + r"\.".join(parts) + "$"
 
 
 def _shard_name(number: int, count: int) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from glm5.checkpoint import names
-from glm5.errors import CheckpointError
+from glm5.errors import CheckpointError, RecipeError
 from glm5.kernels.modules import Scheme
 from glm5.kernels.packing import words_per_row
-from glm5.quantize.recipe import Recipe
+from glm5.quantize.recipe import Recipe, never_rounded
 from glm5.quantize.sources import WeightSource, meta_model
 
 
@@ -38,7 +42,9 @@ class Item:
 def plan(source: WeightSource, recipe: Recipe) -> list[Item]:
     """Every weight in model order. Reads headers only.
 
-    Raises CheckpointError for what `load_model` would refuse, and for groups that fill no width.
+    Raises:
+        CheckpointError: `load_model` would refuse the source, or a group fills no width.
+        RecipeError: a rule fits no module that can be quantised.
     """
     model = meta_model(source.config)
     shapes = {name: tensor.shape for name, tensor in names.state_tensors(model).items()}
@@ -47,9 +53,14 @@ def plan(source: WeightSource, recipe: Recipe) -> list[Item]:
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
+    linear = {module for module in linear if not never_rounded(module)}
+    pieces = {piece.name.removesuffix(".weight"): piece for piece in names.pieces(model)}
+    roundable = [module for module, piece in pieces.items() if piece.part or module in linear]
+    # A tied head is a linear layer without a weight of its own.
+    _refuse_idle_patterns(source.path, recipe, roundable, sorted({*pieces, *linear} - {*roundable}))
     items = []
-    for piece in names.pieces(model):
-        module, shape = piece.name.removesuffix(".weight"), source.shape(piece.name)
+    for module, piece in pieces.items():
+        shape = source.shape(piece.name)
         wanted = tuple(piece.of(torch.empty(shapes[piece.parameter], device="meta")).shape)
         if shape != wanted:
             raise CheckpointError(
@@ -81,3 +92,34 @@ def _refuse_parted_experts(items: list[Item]) -> None:
                     f"{item.name}: the recipe gives the experts of this layer different bits; "
                     "make its pattern fit all or none of them"
                 )
+
+
+def _refuse_idle_patterns(path: Path, recipe: Recipe, roundable: list[str], others: list[str]) -> None:
+    """Every rule must fit a module that can be quantised; a mistyped one would leave its modules alone."""
+    for pattern, _ in recipe.rules:
+        if _fits(pattern, roundable):
+            continue
+        idle = next((module for module in others if fnmatchcase(module, pattern)), None)
+        if idle is not None:
+            raise RecipeError(
+                f"pattern {pattern!r} fits only modules that are never quantised, such as {idle}, in {path}; "
+                "leave it out"
+            )
+        near = next((text for text in _neighbours(pattern, roundable) if _fits(text, roundable)), None)
+        advice = f"did you mean {near!r}?" if near else f"they are named like {roundable[0]}"
+        raise RecipeError(f"pattern {pattern!r} fits no module of {path}; {advice}")
+
+
+def _fits(pattern: str, modules: list[str]) -> bool:
+    return any(fnmatchcase(module, pattern) for module in modules)
+
+
+def _neighbours(pattern: str, modules: list[str]) -> Iterator[str]:
+    """What may have been meant: parts of names spelt right, and the stars that a whole name needs."""
+    words = {part for module in modules for part in module.split(".") if not part.isdigit()}
+    parts = [
+        part if _fits(part, [*words, "0"]) else next(iter(get_close_matches(part.lower(), words, n=1)), part)
+        for part in pattern.removesuffix(".weight").split(".")
+    ]
+    spelt = ".".join(parts)
+    yield from (spelt, f"{spelt}.*", f"*.{spelt}", f"*.{spelt}.*")

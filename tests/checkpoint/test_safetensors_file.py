@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from hypothesis import given, settings
@@ -42,11 +43,18 @@ def random_tensor(dtype: torch.dtype, shape: list[int], seed: int) -> Tensor:
     return torch.randint(high, (count,), dtype=torch.uint8, generator=generator).view(dtype).reshape(shape)
 
 
+def is_storable(tensor: Tensor) -> bool:
+    """A byte of F4 holds two values of the last extent, so that there must be one."""
+    return tensor.dtype != torch.float4_e2m1fn_x2 or tensor.dim() > 0
+
+
 names = st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
 shapes = st.lists(st.integers(0, 4), max_size=4)
 stored_tensors = st.dictionaries(
     names,
-    st.builds(random_tensor, st.sampled_from(list(DTYPES.values())), shapes, st.integers(0, 2**32)),
+    st.builds(random_tensor, st.sampled_from(list(DTYPES.values())), shapes, st.integers(0, 2**32)).filter(
+        is_storable
+    ),
     max_size=6,
 )
 
@@ -72,6 +80,23 @@ def test_our_files_are_read_by_the_official_library(tensors: Tensors) -> None:
 
 def test_every_dtype_of_the_official_library_is_known() -> None:
     assert safetensors.torch._TYPES.items() <= DTYPES.items()
+    assert safetensors.torch._SIZE.keys() <= set(DTYPES.values())  # what it can write
+
+
+def test_a_byte_of_f4_counts_as_two_values_in_the_header_only(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    pairs = torch.arange(6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2).reshape(2, 3)
+    scales = torch.arange(255, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    write(path, {"pairs": pairs, "scales": scales})
+    with safetensors.safe_open(path, "pt") as file:
+        assert (file.get_slice("pairs").get_dtype(), file.get_slice("pairs").get_shape()) == ("F4", [2, 6])
+        assert file.get_slice("scales").get_dtype() == "F8_E8M0"
+    found = SafetensorsFile(path).tensors
+    assert {name: (info.dtype_name, info.shape, info.num_bytes) for name, info in found.items()} == {
+        "pairs": ("F4", (2, 3), 6),
+        "scales": ("F8_E8M0", (255,), 255),
+    }
+    assert read(path)["scales"].float().tolist() == [2.0 ** (byte - 127) for byte in range(255)]
 
 
 def test_a_tensor_is_read_into_the_memory_where_it_stays(tmp_path: Path) -> None:
@@ -168,6 +193,10 @@ LIES: dict[str, tuple[Any, str]] = {
     "data nobody names": (entry(shape=[2], data_offsets=[8, 12]), "the file has"),
     "a wrong size": (entry(shape=[4]), "second"),
     "nothing at all": ({}, "the file has"),
+    "a wrong size of F8_E8M0": (entry(dtype="F8_E8M0"), "second: F8_E8M0 [3] needs 3 bytes"),
+    "a wrong size of F4": (entry(dtype="F4", shape=[3, 8]), "second: F4 [3, 8] needs 12 bytes"),
+    "half a byte of F4": (entry(dtype="F4", shape=[4, 3]), "second: F4 [4, 3] has half a byte"),
+    "one value of F4": (entry(dtype="F4", shape=[], data_offsets=[8, 8]), "second: F4 [] has half a byte"),
 }
 for bad in (None, "3", [-3], [True, 3], [3.0], ["3"], [[3]], {"0": 3}, [1] * 9, [2**63, 2**63], [9e99]):
     LIES[f"shape {bad!r:.20}"] = (entry(shape=bad), "second")

@@ -16,6 +16,7 @@ from torch import Tensor
 from glm5.checkpoint import load_model, save_model
 from glm5.config import ModelConfig
 from glm5.kernels import cpu
+from glm5.kernels.modules import PackedExperts, PackedLinear
 from glm5.model.transformer import GlmForCausalLM
 from glm5.quantize import Recipe
 from tests.model_fixture import random_ids, tiny_config, tiny_model
@@ -50,6 +51,17 @@ def save_source(
 def as_floats(directory: Path, dtype: torch.dtype = torch.float32) -> GlmForCausalLM:
     """The model that a packed directory stands for, unpacked by the reader of compressed-tensors."""
     return load_model(directory, dtype=dtype, quantise=lambda module: None)
+
+
+def all_weights(model: GlmForCausalLM) -> dict[str, Tensor]:
+    """Those of a packed model too: codes and scales by the names of their modules."""
+    found = dict(model.state_dict())
+    for path, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            found |= {f"{path}.words": module.words, f"{path}.scales": module.scales}
+        elif isinstance(module, PackedExperts):
+            found[f"{path}.bytes"] = module.bytes[:, : module.bytes_per_expert]
+    return found
 
 
 def contents(directory: Path) -> dict[str, bytes]:

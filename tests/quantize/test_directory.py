@@ -18,15 +18,17 @@ from glm5.checkpoint.safetensors_file import SafetensorsFile
 from glm5.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from glm5.config import MODEL_TYPES, ModelConfig
 from glm5.errors import CheckpointError
-from glm5.kernels.modules import NativeLinear, PackedLinear, PackedMixture, PackedMLP
+from glm5.kernels.modules import PROJECTIONS, NativeLinear, PackedLinear, PackedMixture, PackedMLP
 from glm5.kernels.packing import words_per_row
 from glm5.model.transformer import GlmForCausalLM
 from glm5.quantize import Recipe, quantise
-from glm5.quantize.directory import ALIGNMENT, RECEIPT_FILE, WORKING
-from tests.checkpoint.checkpoint_fixture import refused, with_tensors
+from glm5.quantize.directory import ALIGNMENT, RECEIPT_FILE, WORKING, quantised_config
+from glm5.quantize.plan import Item
+from tests.checkpoint.checkpoint_fixture import assert_same_bits, refused, with_tensors
 from tests.quantize.quantize_fixture import (
     IDS,
     RECIPE,
+    all_weights,
     as_floats,
     contents,
     difference,
@@ -43,7 +45,7 @@ from tests.runtime.language_model_fixture import tiny_language_model
 pytestmark = pytest.mark.usefixtures("no_gradients")
 SAME = 1e-4  # fp32, other orders of summation
 CLOSE = 0.05  # root mean square, activations rounded to int8 through three layers
-KEPT = re.compile(r"lm_head|.*\.(embed_tokens|mlp\.gate|eh_proj|self_attn\.(kv_b_proj|indexer\..+))")
+KEPT = re.compile(r"lm_head|.*\.(embed_tokens|mlp\.gate|eh_proj|self_attn\.indexer\.(wk|weights_proj))")
 stored = pytest.mark.parametrize("stored", ["bf16", "fp16", "fp32", "fp8"])
 types = pytest.mark.parametrize("model_type", MODEL_TYPES)
 
@@ -198,6 +200,36 @@ def test_a_recipe_that_keeps_everything_gives_a_plain_copy(tmp_path: Path) -> No
 
 def settings_of(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "config.json").read_text())["quantization_config"]
+
+
+def targets_of(recipe: Recipe) -> list[list[str]]:
+    """What config.json names for each group of a model with two expert layers."""
+    experts = [f"model.layers.{layer}.mlp.experts.{expert}" for layer in (1, 2) for expert in range(12)]
+    modules = ["lm_head", *(f"{path}.{name}" for path in experts for name in PROJECTIONS)]
+    items = [
+        Item(
+            f"{module}.weight", (64, 64), torch.bfloat16, 8192, recipe.scheme_of(module), module != "lm_head"
+        )
+        for module in modules
+    ]
+    extra = quantised_config(small_config(), items).extra["quantization_config"]
+    return [group["targets"] for group in extra["config_groups"].values()]
+
+
+def test_targets_do_not_grow_with_the_experts() -> None:
+    (few, many) = sorted(targets_of(Recipe.of(4, 32, ["*.layers.1.*=8", "lm_head=8"], [])), key=len)
+    assert few == [
+        rf"re:model\.layers\.2\.mlp\.experts\.\d+\.{name}$" for name in ("down_proj", "gate_proj", "up_proj")
+    ]
+    assert many[0] == "re:lm_head$" and len(many) == 4 and all(r"layers\.1\." in text for text in many[1:])
+    (one, rest) = sorted(targets_of(Recipe.of(4, 32, ["*.layers.1.mlp.experts.3.up_proj=8"], [])), key=len)
+    assert one == [r"re:model\.layers\.1\.mlp\.experts\.3\.up_proj$"]
+    assert r"re:model\.layers\.2\.mlp\.experts\.\d+\.up_proj$" in rest and len(rest) == 3 + 11
+
+
+def test_a_head_of_one_scheme_is_named_for_vllm() -> None:
+    assert targets_of(Recipe.of(8, 32, ["lm_head=8"], [])) == [["Linear", "re:lm_head$"]]
+    assert targets_of(Recipe(8, 32)) == [["Linear"]]
 
 
 @types
@@ -382,16 +414,22 @@ def test_experts_stored_as_one_bank_are_read(tmp_path: Path) -> None:
     assert contents(tmp_path / "int4") == contents(tmp_path / "wanted")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=CheckpointError,
-    reason="load_model(quantise=...) does not look for a layer's fused bank",
-)
-def test_experts_stored_as_one_bank_are_rounded_while_loading(tmp_path: Path) -> None:
-    model = save_source(tmp_path / "source")
-    wanted = load_model(tmp_path / "source", quantise=RECIPE.scheme_of)(IDS).logits
+@types
+@pytest.mark.parametrize(("changes", "keep"), [([], []), ([], ["model.layers.2.mlp.experts.*"])])
+def test_experts_stored_as_one_bank_are_rounded_while_loading(
+    tmp_path: Path, model_type: str, changes: list[str], keep: list[str]
+) -> None:
+    recipe = Recipe.of(4, 32, changes, keep)
+    model = save_source(tmp_path / "source", small_config(model_type))
     fuse_experts(tmp_path / "source", model)
-    assert torch.equal(load_model(tmp_path / "source", quantise=RECIPE.scheme_of)(IDS).logits, wanted)
+    quantise(tmp_path / "source", tmp_path / "int4", recipe)
+    calls: list[tuple[int, int]] = []
+    found = load_model(
+        tmp_path / "source", quantise=recipe.scheme_of, progress=lambda *call: calls.append(call)
+    )
+    assert_same_bits(all_weights(found), all_weights(load_model(tmp_path / "int4")))
+    index = ShardIndex(tmp_path / "source")
+    assert calls[-1] == (sum(index[name].num_bytes for name in index.names),) * 2
 
 
 def test_the_weights_of_others_are_rounded_again(tmp_path: Path, exact_kernels: None) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from glm5.checkpoint import ShardIndex, save_model
+from glm5.checkpoint import ShardIndex, names, save_model
+from glm5.checkpoint.safetensors_file import PlannedTensor, write_safetensors
+from glm5.checkpoint.shards import SINGLE_FILE
 from glm5.model.transformer import GlmForCausalLM
 from tests.quantize.quantize_fixture import save_source, small_config
 
@@ -41,6 +43,18 @@ print(json.dumps(status("VmHWM") - before))
 """
 
 
+def measured(program: str, directory: Path) -> int:
+    """What a program prints that is given the paths large, small and out."""
+    command = [sys.executable, "-c", program, *(str(directory / name) for name in ("large", "small", "out"))]
+    # glibc gives freed tensors back at once, instead of raising its threshold after the first ones.
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "MALLOC_MMAP_THRESHOLD_": str(MB),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(json.loads(done.stdout))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_is_one_tensor_and_its_codes(tmp_path: Path) -> None:
     """19 M weights in fp32, 76 MB; the largest matrix has 17 MB."""
@@ -55,14 +69,7 @@ def test_the_peak_is_one_tensor_and_its_codes(tmp_path: Path) -> None:
     index = ShardIndex(tmp_path / "large")
     largest = max(index[name].num_bytes for name in index.names)
 
-    command = [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in ("large", "small", "out"))]
-    # glibc gives freed tensors back at once, instead of raising its threshold after the first ones.
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "MALLOC_MMAP_THRESHOLD_": str(MB),
-    }
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    peak = json.loads(done.stdout)
+    peak = measured(MEASURE, tmp_path)
     print(f"largest tensor {largest / MB:.0f} MB, peak {peak / MB:.0f} MB")
 
     assert sum(index[name].num_bytes for name in index.names) > 70 * MB
@@ -83,14 +90,43 @@ def test_a_calibrated_job_holds_one_expert(tmp_path: Path) -> None:
     sizes |= {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
     save_source(tmp_path / "large", small_config(**sizes))
     save_source(tmp_path / "small")
-    command = [sys.executable, "-c", MEASURE_CALIBRATED]
-    command += [str(tmp_path / name) for name in ("large", "small", "out")]
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "MALLOC_MMAP_THRESHOLD_": str(MB),
-    }
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    peak = json.loads(done.stdout)
+    peak = measured(MEASURE_CALIBRATED, tmp_path)
     print(f"peak {peak / MB:.0f} MB")
     # Three matrices, two Hessians and a factor's workspace: each 1 MB. Hidden states: 1 MB.
     assert peak < 36 * MB + SLACK
+
+
+MEASURE_LOADING = (
+    MEASURE.replace("import Recipe, quantise", "import Recipe")
+    .replace("def status", "from glm5.checkpoint import load_model\n\ndef status")
+    .replace(
+        'quantise(small, out / "small", Recipe(4, 32))', "load_model(small, quantise=Recipe(4, 32).scheme_of)"
+    )
+    .replace(
+        'quantise(large, out / "large", Recipe(4, 32))',
+        "model = load_model(large, quantise=Recipe(4, 32).scheme_of)\n"
+        "before += sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])",
+    )
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_expert_is_rounded_while_loading_without_its_bank(tmp_path: Path) -> None:
+    """32 experts of 1.5 M weights in fp32: banks of 128 and 64 MB, 2 MB a matrix."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 1024, "n_routed_experts": 32}
+    sizes |= {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    config = small_config(**sizes)
+    with torch.device("meta"):
+        tensors = names.state_tensors(GlmForCausalLM(config))
+    (tmp_path / "large").mkdir()
+    config.save_pretrained(tmp_path / "large")
+    planned = [
+        PlannedTensor(name, torch.float32, tuple(t.shape), lambda t=t: torch.full(t.shape, 0.01))
+        for name, t in tensors.items()
+    ]
+    write_safetensors(tmp_path / "large" / SINGLE_FILE, planned)
+    del planned
+    save_source(tmp_path / "small")
+    peak = measured(MEASURE_LOADING, tmp_path)
+    print(f"peak {peak / MB:.0f} MB above the model")
+    assert -SLACK < peak < 2 * 2 * MB + SLACK

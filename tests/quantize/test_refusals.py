@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 
 from glm5.checkpoint import load_model
 from glm5.checkpoint.shards import SINGLE_FILE
-from glm5.errors import CheckpointError, ConfigError, Glm5Error
+from glm5.errors import CheckpointError, ConfigError, Glm5Error, RecipeError
 from glm5.quantize import Recipe, quantise
 from tests.checkpoint.checkpoint_fixture import Tensors, refused, with_json, with_tensors
 from tests.quantize.quantize_fixture import RECIPE, contents, save_source, small_config
@@ -123,13 +124,73 @@ def test_a_source_that_load_model_refuses_is_refused(
     assert not (tmp_path / "int4").exists()
 
 
+BANK = "model.layers.2.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "words"),
+    [
+        ((7, 128, 64), torch.bfloat16, (f"{BANK}.gate_up_proj has shape [7, 128, 64]", "[8, 128, 64]")),
+        ((9, 128, 64), torch.bfloat16, (f"{BANK}.gate_up_proj has shape [9, 128, 64]", "[8, 128, 64]")),
+        ((8, 132, 64), torch.bfloat16, (f"{BANK}.gate_up_proj has shape [8, 132, 64]", "[8, 128, 64]")),
+        ((8, 128), torch.bfloat16, (f"{BANK}.gate_up_proj has shape [8, 128]", "[8, 128, 64]")),
+        ((8, 128, 64), torch.int8, (f"{BANK}.gate_up_proj is stored as I8",)),
+        ((8, 128, 64), torch.float8_e4m3fn, (f"{BANK}.gate_up_proj is",)),
+    ],
+)
+def test_a_bank_of_experts_that_does_not_fit_is_refused(
+    tmp_path: Path, source: Path, shape: tuple[int, ...], dtype: torch.dtype, words: tuple[str, ...]
+) -> None:
+    def fuse(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith(BANK) and "down_proj" not in name]:
+            del tensors[name]
+        tensors[f"{BANK}.gate_up_proj"] = torch.zeros(shape).to(dtype)
+
+    with_tensors(source, fuse)
+    with refused(CheckpointError, source, *words):
+        quantise(source, tmp_path / "int4", RECIPE)
+    assert not (tmp_path / "int4").exists()
+    with refused(CheckpointError, source, *words):
+        load_model(source, quantise=RECIPE.scheme_of)
+
+
+def test_an_expert_beside_its_bank_is_refused(tmp_path: Path, source: Path) -> None:
+    def both(tensors: Tensors) -> None:
+        for name in [name for name in tensors if re.match(rf"{BANK}\.[1-7]\.(gate|up)", name)]:
+            del tensors[name]
+        tensors[f"{BANK}.gate_up_proj"] = torch.zeros(8, 128, 64).bfloat16()
+
+    with_tensors(source, both)
+    words = (f"{BANK}.0.gate_proj.weight is stored a second time within {BANK}.gate_up_proj",)
+    with refused(CheckpointError, source, *words):
+        quantise(source, tmp_path / "int4", RECIPE)
+    with refused(CheckpointError, source, *words):
+        load_model(source, quantise=RECIPE.scheme_of)
+
+
+def test_a_broken_weight_in_a_bank_is_named(tmp_path: Path, source: Path) -> None:
+    def fuse(tensors: Tensors) -> None:
+        down = [tensors.pop(f"{BANK}.{expert}.down_proj.weight") for expert in range(8)]
+        down[5][3, 3] = float("nan")
+        tensors[f"{BANK}.down_proj"] = torch.stack(down)
+
+    with_tensors(source, fuse)
+    for job in (
+        lambda: quantise(source, tmp_path / "int4", RECIPE),
+        lambda: load_model(source, quantise=RECIPE.scheme_of),
+    ):
+        with refused(CheckpointError, source, f"{BANK}.5.down_proj.weight", "cannot be quantised"):
+            job()
+
+
 # --- groups -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "group", "name", "advice"),
     [
-        ({}, 64, "model.layers.0.self_attn.o_proj.weight", "96 wide|--group 32"),
+        ({}, 64, "model.layers.0.self_attn.kv_b_proj.weight", "32 wide|--group 32"),
+        ({"kv_lora_rank": 64}, 64, "model.layers.0.self_attn.o_proj.weight", "96 wide|--group 32"),
         ({"hidden_size": 96}, 64, "model.layers.0.self_attn.q_a_proj.weight", "96 wide|--group 32"),
         (
             {"moe_intermediate_size": 40},
@@ -161,6 +222,62 @@ def test_while_loading_widths_without_whole_groups_stay_floats(tmp_path: Path) -
     attention = load_model(tmp_path / "source", quantise=RECIPE.scheme_of).model.layers[0].self_attn
     assert attention.q_b_proj.weight.dtype == torch.bfloat16
     assert attention.q_a_proj.words.dtype == torch.int32
+
+
+# --- patterns ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "advice"),
+    [
+        ("*.self_atn.*", "did you mean '*.self_attn.*'"),
+        ("self_attn.*", "did you mean '*.self_attn.*'"),
+        ("self_attn", "did you mean '*.self_attn.*'"),
+        ("o_porj", "did you mean '*.o_proj'"),
+        ("*.mlp.experts", "did you mean '*.mlp.experts.*'"),
+        ("model.layers.0.self_attn.o_proj.weight", "did you mean 'model.layers.0.self_attn.o_proj'"),
+        ("*.Shared_Experts.up_proj", "did you mean '*.shared_experts.up_proj'"),
+        ("model.layers.77.*", "named like model.layers.0.self_attn.q_a_proj"),
+        ("model.layers.0.mlp.experts.*", "named like model.layers.0.self_attn.q_a_proj"),
+        ("re:.*o_proj$", "named like model.layers.0.self_attn.q_a_proj"),
+        ("a\nb", "named like model.layers.0.self_attn.q_a_proj"),
+    ],
+)
+@pytest.mark.parametrize("bits", [0, 8])
+def test_a_pattern_that_fits_no_module_is_named_with_advice(
+    tmp_path: Path, source: Path, pattern: str, advice: str, bits: int
+) -> None:
+    with refused(RecipeError, repr(pattern), "fits no module", source, advice):
+        quantise(source, tmp_path / "int4", Recipe(4, 32, (("*.o_proj", 8), (pattern, bits))))
+    assert not (tmp_path / "int4").exists()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module"),
+    [
+        ("*norm*", "model.layers.0.input_layernorm"),
+        ("model.norm", "model.norm"),
+        ("*.embed_tokens", "model.embed_tokens"),
+        ("*.mlp.gate", "model.layers.1.mlp.gate"),
+        ("lm_head", "lm_head"),
+    ],
+)
+def test_a_pattern_that_fits_only_what_is_never_quantised_says_so(
+    tmp_path: Path, pattern: str, module: str
+) -> None:
+    save_source(tmp_path / "source", small_config(tie_word_embeddings=True))
+    for rule in ((pattern, 8), (pattern, 0)):
+        with refused(
+            RecipeError, repr(pattern), f"such as {module},", "never quantised", tmp_path / "source"
+        ):
+            quantise(tmp_path / "source", tmp_path / "int4", Recipe(4, 32, (rule,)))
+    assert not (tmp_path / "int4").exists()
+
+
+def test_a_mistyped_pattern_counts_before_the_group_that_it_was_to_keep(tmp_path: Path) -> None:
+    save_source(tmp_path / "source", small_config(q_lora_rank=48))
+    with refused(RecipeError, "'*.q_b_porj'", "did you mean '*.q_b_proj'"):
+        quantise(tmp_path / "source", tmp_path / "int4", Recipe.of(4, 32, [], ["*.q_b_porj"]))
 
 
 # --- places -----------------------------------------------------------------------------------------

@@ -115,6 +115,8 @@ MIXED = [
     (["*.mlp.experts.*=8"], []),
     (["lm_head=8"], []),
 ]
+# A pattern must fit something.
+ABSENT = {"glm4_moe": ("*.kv_b_proj=keep", "*.indexer.*=keep"), "glm4_moe_lite": ("*.indexer.*=keep",)}
 
 
 @types
@@ -122,6 +124,7 @@ MIXED = [
 def test_compressed_weights_give_our_logits(
     tmp_path: Path, exact_kernels: None, model_type: str, changes: list[str], keep: list[str]
 ) -> None:
+    changes = [change for change in changes if change not in ABSENT.get(model_type, ())]
     directory = quantised(tmp_path, Recipe.of(4, 32, changes, keep), model_type)
     judge = theirs(directory)
     assert difference(logits(ours(directory, r"mlp\.experts\.")), logits(judge)) < TOLERANCE
