@@ -48,6 +48,17 @@ GLM5_INLINE inline F32x16 load_scales(Scales type, const void* scales, size_t at
       default: return load16(static_cast<const float*>(scales) + at);
     }
   }
+#if defined(__AVX512VNNI__)  // by vectors GCC spills what few_rows holds
+  float some[16] = {};
+  for (int i = 0; i < count; i++) {
+    switch (type) {
+      case Scales::bf16: some[i] = bf16_to_float(static_cast<const uint16_t*>(scales)[at + i]); break;
+      case Scales::f16: some[i] = f16_to_float(static_cast<const uint16_t*>(scales)[at + i]); break;
+      default: some[i] = static_cast<const float*>(scales)[at + i];
+    }
+  }
+  return load16(some);
+#else
   if (type == Scales::f32) return load16(static_cast<const float*>(scales) + at, count);
   uint16_t some[16] = {};
   const auto* from = static_cast<const uint16_t*>(scales) + at;
@@ -55,6 +66,7 @@ GLM5_INLINE inline F32x16 load_scales(Scales type, const void* scales, size_t at
   if (count >= 8) std::memcpy(some, from, 16), i = 8;
   for (; i < count; i++) some[i] = from[i];
   return type == Scales::bf16 ? load_bf16(some) : load_f16(some);
+#endif
 }
 
 inline float scale_at(const Matrix& m, size_t at) {
@@ -122,10 +134,13 @@ GLM5_INLINE inline void eight_chunks(const uint8_t* from, const uint8_t* ahead, 
   I32x16 acc[T][8];
   each<8>([&](auto c) GLM5_INLINE {
     if constexpr (Whole) fetch(ahead + 64 * c);
-    const Bytes64 w = Whole || bytes >= 64 * (c + 1) ? load64(from + 64 * c) : load64(from + 64 * c, std::max(0, bytes - 64 * c));
+    const Bytes64 w = Whole || (kSpreadNibbles && bytes >= 64 * (c + 1)) ? load64(from + 64 * c) : load64(from + 64 * c, std::max(0, bytes - 64 * c));
     each<T>([&](auto t) GLM5_INLINE {
       if (!Whole && bytes <= 64 * c) {
         acc[t][c] = zero_int16();
+      } else if constexpr (C == Codes::int4 && !kSpreadNibbles) {  // the sums themselves are the run
+        acc[t][c] = dot_nibbles(zero_int16(), low_nibbles(w), load64(acts[t] + kChunk * c));
+        acc[t][c] = dot_nibbles(acc[t][c], high_nibbles(w), load64(acts[t] + kChunk * c + 64));
       } else if constexpr (C == Codes::int4) {
         const Run16 run = start_run(low_nibbles(w), load64(acts[t] + kChunk * c));
         acc[t][c] = end_run(go_on(run, high_nibbles(w), load64(acts[t] + kChunk * c + 64)));
