@@ -41,14 +41,13 @@ FUSED = {
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
     "wk_weights_proj": ("wk", "weights_proj"),
 }
-ATTENTION_8 = ["*.self_attn.*=8", "*.indexer.wk=keep", "*.indexer.weights_proj=keep"]
+ATTENTION_8 = ["*.self_attn.*=8"]
 RECIPES = {
     "4 bits": Recipe(4, 64),
     "8 bits": Recipe(8, 64),
     "group 32": Recipe(4, 32),
     "group 128": Recipe(4, 128),
     "attention 8": Recipe.of(4, 64, ATTENTION_8, []),
-    "kv_b_proj kept": Recipe.of(4, 64, [], ["*.kv_b_proj", "*.indexer.*"]),
     "head 8": Recipe.of(4, 64, ["lm_head=8"], []),
     "experts of a layer 8": Recipe.of(4, 64, ["model.layers.1.mlp.experts.*=8"], []),
     "experts kept": Recipe.of(4, 64, [], ["*.mlp.experts.*"]),
