@@ -109,6 +109,36 @@ class PackedLinear(Movable):
         return f"{self.in_features}, {self.out_features}, bits={self.scheme.bits}, group={self.scheme.group}"
 
 
+class PackedEmbedding(PackedLinear):
+    """Token ids int64 [...] to their rows [..., D]; as a matrix it is a tied head's."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, scheme: Scheme) -> None:
+        super().__init__(embedding_dim, num_embeddings, scheme)
+        self.like: Tensor
+        self.register_buffer("like", None, persistent=False)
+
+    def place_as(self, like: Tensor) -> None:
+        """Memory on the device of `like`, whose dtype the rows will have."""
+        self.place(like.device)
+        self.like = torch.empty(0, dtype=like.dtype, device=like.device)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        words, scales = self.words[ids.flatten()], self.scales[ids.flatten()]
+        rows = dequantise(words, scales, self.scheme.bits, self.in_features)
+        return rows.view(*ids.shape, self.in_features).to(self.like.dtype)
+
+
+class TiedHead(nn.Module):
+    """Logits by the matrix of a packed embedding."""
+
+    def __init__(self, embedding: PackedEmbedding) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return PackedLinear.forward(self.embedding, x)
+
+
 class PackedExperts(nn.Module):
     """All routed experts of a layer, each one run of bytes: codes and scales of gate, up, down.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from glm5.kernels import cpu
 from glm5.kernels.packing import dequantise, pack
-from tests.kernels.kernel_fixture import FUSED, assert_same_bits, on_each, on_threads
+from tests.kernels.kernel_fixture import FUSED, INSTRUCTION_SETS, assert_same_bits, on_each, on_threads, using
 from tests.kernels.kernel_fixture import instruction_set as instruction_set
 
 HEADS, NOPE, ROTARY, VALUE = 5, 24, 16, 40
@@ -67,3 +69,46 @@ def test_a_query_depends_on_nothing_around_it(latent: int, bits: int, group: int
             assert_same_bits(attend(kv_b, latent, False, slice(t, t + 1)), together[t : t + 1])
     for name, found in on_each(FUSED, lambda: attend(kv_b, latent, exact=False)).items():
         assert torch.allclose(found, together, atol=1e-4), name
+
+
+# --- caches in bf16 ---------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    latent=st.sampled_from([16, 48, 64, 96, 128, 208]),
+    rotary=st.sampled_from([0, 16, 32]),
+    heads=st.integers(1, 9),
+    counts=st.lists(st.integers(1, 100), min_size=1, max_size=4),
+    chosen=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_cache_in_bf16_is_read_as_its_floats(
+    latent: int, rotary: int, heads: int, counts: list[int], chosen: bool, seed: int
+) -> None:
+    generator, n, capacity = torch.Generator().manual_seed(seed), len(counts), 100
+    kv_b = cpu.Matrix(torch.randn(heads * 32, latent, generator=generator) * latent**-0.5)
+    query = torch.randn(n, heads, 16 + rotary, generator=generator)
+    cache = torch.randn(n, capacity, latent + rotary, generator=generator).bfloat16()
+    turns = torch.polar(torch.ones(n, rotary // 2), torch.rand(n, rotary // 2, generator=generator) * 6)
+    order = torch.rand(n, capacity, generator=generator).argsort(dim=1)
+    for i, count in enumerate(counts):
+        order[i, :count] = order[i, :count].sort().values
+        cache[i, order[i, count:] if chosen else slice(count, None)] = float("nan")  # never read
+    slots = order.int() if chosen else None
+
+    def run(held: Tensor, rows: slice = slice(None)) -> Tensor:
+        return cpu.attend(
+            query[rows], kv_b, turns[rows], held, torch.arange(n, dtype=torch.int32)[rows].contiguous(),
+            cpu.Slots(None if slots is None else slots[rows].contiguous(),
+                      torch.tensor(counts, dtype=torch.int32)[rows].contiguous()),
+            nope=16, value=16, scale=0.2, exact=True,
+        )  # fmt: skip
+
+    for name in INSTRUCTION_SETS:
+        with using(name):
+            found, wanted = run(cache), run(cache.float())
+            assert (found - wanted).norm() <= (0.01 if name == "avx512bf16" else 1e-6) * wanted.norm(), name
+            with on_threads(1 + seed % 3):
+                for t in range(n):
+                    assert_same_bits(run(cache, slice(t, t + 1)), found[t : t + 1])

@@ -107,6 +107,20 @@ def test_integer_products_are_the_reference_on_every_instruction_set(
 
 
 @quick
+@given(st.integers(1, 9), st.integers(1, 5), activation_dtypes, seeds)
+def test_two_short_rows_at_a_time_are_the_reference(
+    rows: int, tokens: int, dtype: torch.dtype, seed: int
+) -> None:
+    made = random_integers(rows, 512, 4, 64, seed)
+    x = activations(tokens, 512, seed, dtype)
+    wanted = reference.integer_linear(x, made.codes, made.block_scales(64), 64, 4)
+    for name, out in on_each(
+        INSTRUCTION_SETS, lambda: cpu.linear(x, made.matrix, dtype=torch.float32)
+    ).items():
+        assert_same_bits(out, wanted, name)
+
+
+@quick
 @given(integer_matrices(), st.integers(1, 9), activation_dtypes, seeds, st.sets(st.sampled_from("ban")))
 def test_norm_bias_and_sum_are_one_rounding_each(
     made: Integers, tokens: int, dtype: torch.dtype, seed: int, wanted: set[str]

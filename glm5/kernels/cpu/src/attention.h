@@ -103,6 +103,7 @@ inline void mix_tile(const float* weights, int heads, const float* rows, int str
   }
 }
 
+// mixed[h] = softmax(q[h] . cache) cache[:latent] over the slots of query t. A part of `attend` that sets may replace.
 inline void attend_heads(const AttendCall& call, int t, int heads, const float* q, float* mixed) {
   const int width = call.latent + call.rotary;
   const int32_t* slots = call.slots ? call.slots + static_cast<size_t>(t) * call.max_slots : nullptr;
@@ -192,7 +193,7 @@ inline void attend(const AttendCall& call) {
         add_weight_rows(w, (h0 + h) * per_head, call.nope, raw + at * query, q + at * width);
       }
     for (int t = 0; t < call.count; t++) {
-      attend_heads(call, t, heads, q + static_cast<size_t>(t) * heads * width, mixed);
+      table().attend_heads(call, t, heads, q + static_cast<size_t>(t) * heads * width, mixed);
       for (int h = 0; h < heads; h++) {
         const int row = (h0 + h) * per_head + call.nope;
         const int zero = 0;

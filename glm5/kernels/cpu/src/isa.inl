@@ -11,6 +11,6 @@
 namespace glm5 {
 namespace GLM5_ISA {
 extern const Table functions;
-const Table functions = {GLM5_ISA_NAME, linear, norm_rows, moe, attend, attend_prompt, select, decode_layer, round_weights, read_all, spin_products};
+const Table functions = {GLM5_ISA_NAME, linear, norm_rows, moe, attend, attend_heads, attend_prompt, select, decode_layer, round_weights, read_all, spin_products};
 }  // namespace GLM5_ISA
 }  // namespace glm5

@@ -165,6 +165,7 @@ struct Table {
   void (*norm_rows)(const NormCall&);
   void (*moe)(const MoeCall&);
   void (*attend)(const AttendCall&);
+  void (*attend_heads)(const AttendCall&, int t, int heads, const float* q, float* mixed);
   void (*attend_prompt)(const PromptCall&);
   void (*select)(const SelectCall&);
   void (*decode_layer)(const LayerCall&);

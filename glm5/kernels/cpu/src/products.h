@@ -18,18 +18,24 @@ namespace GLM5_ISA {
 constexpr int kTile = GLM5_TILE;
 #elif defined(__AVX512VNNI__)
 constexpr int kTile = 12;  // activation rows whose sums stay in registers with two vectors of weight rows
-#else
+#elif defined(__AVX2__)
 constexpr int kTile = 6;  // the same with one
+#else
+constexpr int kTile = 2;  // larger ones take a compiler minutes, for machines that nobody measures
 #endif
 // With 16 narrow registers the halves of codes are taken apart when a panel is turned, not at each use.
 #if defined(__AVX512VNNI__)
 constexpr bool kSpreadNibbles = false;
+constexpr int kAddRows = 4;    // weight rows that are added up in one go
 constexpr int kFloatTile = 4;  // float activations by weight rows whose sums stay in registers
 #else
 constexpr bool kSpreadNibbles = true;
+constexpr int kAddRows = 2;
 constexpr int kFloatTile = 2;
 #endif
-constexpr size_t kAhead = 6144;  // bytes of weights fetched in advance
+// Bytes of weights fetched in advance, in two steps: from memory into the second cache, then into the first. A core
+// has too few misses of its first cache open at once to reach memory's rate from there.
+constexpr size_t kFar = 12288, kNear = 1536;
 constexpr int kPanel = 32;
 // From so many activation rows on, turning the weights to run along lanes pays.
 constexpr int kManyRows = 4;
@@ -119,13 +125,13 @@ GLM5_INLINE inline F32x16 block_scales(const BlockScales& s, size_t row, int fir
 template <Codes C, int Block>
 constexpr int kPartial = C == Codes::int8 && Block == 64 ? 8 : 16;
 
-// Weights are read once and pushed out first: what must stay near are the activations.
-GLM5_INLINE inline void fetch(const uint8_t* at) { __builtin_prefetch(at, 0, 0); }
+GLM5_INLINE inline void fetch_far(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
+GLM5_INLINE inline void fetch_near(const uint8_t* at) { __builtin_prefetch(at, 0, 3); }
 
 // Eight chunks of a weight row with T activation rows, added to 16 partial sums each. Reading a row
 // as one plain stream is what the machine's own prefetching is built for.
 template <Codes C, int Block, int T, bool Whole>
-GLM5_INLINE inline void eight_chunks(const uint8_t* from, const uint8_t* ahead, int bytes, const int8_t* const (&acts)[T],
+GLM5_INLINE inline void eight_chunks(const uint8_t* from, const uint8_t* far, int bytes, const int8_t* const (&acts)[T],
                                      const int32_t* const (&offsets)[T], const float* const (&act_scales)[T],
                                      const BlockScales& block_scale, size_t row, int first, int blocks, F32x16 (&sum)[T]) {
   constexpr int kChunk = C == Codes::int4 ? 128 : 64;  // columns in 64 bytes of weights
@@ -133,7 +139,7 @@ GLM5_INLINE inline void eight_chunks(const uint8_t* from, const uint8_t* ahead, 
   constexpr int kVectors = (8 * kBlocks + 15) / 16;    // of 16 blocks
   I32x16 acc[T][8];
   each<8>([&](auto c) GLM5_INLINE {
-    if constexpr (Whole) fetch(ahead + 64 * c);
+    if constexpr (Whole) fetch_near(from + kNear + 64 * c), fetch_far(far + 64 * c);
     const Bytes64 w = Whole || (kSpreadNibbles && bytes >= 64 * (c + 1)) ? load64(from + 64 * c) : load64(from + 64 * c, std::max(0, bytes - 64 * c));
     each<T>([&](auto t) GLM5_INLINE {
       if (!Whole && bytes <= 64 * c) {
@@ -194,15 +200,15 @@ void few_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int
     const size_t at = static_cast<size_t>(row);
     const uint8_t* from = m.data + at * row_bytes;
     const auto* next_scales = static_cast<const uint8_t*>(m.scales) + (at + 2) * scale_bytes;
-    for (size_t i = 0; i < scale_bytes; i += 64) fetch(next_scales + i);
+    for (size_t i = 0; i < scale_bytes; i += 64) fetch_near(next_scales + i);
     const int8_t* acts[T];
     F32x16 sum[T];
     each<T>([&](auto t) GLM5_INLINE { acts[t] = x.row(picks[t]), sum[t] = zero16(); });
     int step = 0;
     for (; step < whole_steps; step++, from += 512) {
-      const uint8_t* ahead = from + kAhead;
-      if (ahead >= end) ahead = beyond + (ahead - end);
-      eight_chunks<C, Block, T, true>(from, ahead, 512, acts, offsets, act_scales, scales, at, step * 8 * kBlocks, blocks, sum);
+      const uint8_t* far = from + kFar;
+      if (far >= end) far = beyond + (far - end);
+      eight_chunks<C, Block, T, true>(from, far, 512, acts, offsets, act_scales, scales, at, step * 8 * kBlocks, blocks, sum);
       each<T>([&](auto t) GLM5_INLINE { acts[t] += 8 * kChunk; });
     }
     for (size_t done = static_cast<size_t>(step) * 512; done < row_bytes; done += 512, step++, from += 512) {
@@ -211,6 +217,42 @@ void few_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int
       each<T>([&](auto t) GLM5_INLINE { acts[t] += 8 * kChunk; });
     }
     each<T>([&](auto t) GLM5_INLINE { out[static_cast<size_t>(t) * ldo + static_cast<size_t>(row - r0)] = sum16(sum[t]); });
+  }
+}
+
+// The same for 4-bit rows of kShort columns, two in 512 bytes: those of W_UV.
+constexpr int kShort = 512;
+inline bool are_short(const Matrix& m) { return m.codes == Codes::int4 && m.cols == kShort && m.group == 64; }
+
+template <int T>
+void short_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int* picks, float* out, size_t ldo) {
+  constexpr int kBlocks = kShort / 64;
+  alignas(64) float act_scales[T][16];
+  alignas(64) int32_t offsets[T][16];
+  const int8_t* acts[T];
+  each<T>([&](auto t) GLM5_INLINE {
+    acts[t] = x.row(picks[t]);
+    for (int i = 0; i < 16; i++) act_scales[t][i] = x.scale(picks[t])[i % kBlocks], offsets[t][i] = x.offset(picks[t])[i % kBlocks];
+  });
+  for (int row = r0; row < r1; row += 2) {
+    const uint8_t* from = m.data + static_cast<size_t>(row) * (kShort / 2);
+    const bool both = row + 1 < r1;
+    I32x16 acc[T][8];
+    each<8>([&](auto c) GLM5_INLINE {
+      fetch_near(from + kNear + 64 * c), fetch_far(from + kFar + 64 * c);
+      const Bytes64 w = load64(from + 64 * (both ? c : c % 4));
+      each<T>([&](auto t) GLM5_INLINE {
+        const Run16 run = start_run(low_nibbles(w), load64(acts[t] + 128 * (c % 4)));
+        acc[t][c] = end_run(go_on(run, high_nibbles(w), load64(acts[t] + 128 * (c % 4) + 64)));
+      });
+    });
+    const F32x16 scales = load_scales(m, static_cast<size_t>(row) * kBlocks, both ? 16 : kBlocks);
+    each<T>([&](auto t) GLM5_INLINE {
+      const F32x16 exact = to_float(add16(sum_halves(acc[t]), load_int16(offsets[t])));
+      const F32x16 sums = zero16() + exact * (scales * load16(act_scales[t]));
+      float other, *to = out + static_cast<size_t>(t) * ldo + static_cast<size_t>(row - r0);
+      sum_each_half(sums, to[0], both ? to[1] : other);
+    });
   }
 }
 
@@ -363,6 +405,13 @@ void many_rows(const Matrix& m, int r0, int r1, const QuantisedRows& x, const in
 template <Codes C, int Block>
 void integer_product_of(const Matrix& m, int r0, int r1, const QuantisedRows& x, const int* picks, int count, float* out, size_t ldo, const uint8_t* after) {
   if (count >= kManyRows) return many_rows<C, Block>(m, r0, r1, x, picks, count, out, ldo, after);
+  if constexpr (C == Codes::int4 && Block == 64) {
+    if (are_short(m)) {
+      if (count == 3) return short_rows<3>(m, r0, r1, x, picks, out, ldo);
+      if (count == 2) return short_rows<2>(m, r0, r1, x, picks, out, ldo);
+      return short_rows<1>(m, r0, r1, x, picks, out, ldo);
+    }
+  }
   if (count == 3) return few_rows<C, Block, 3>(m, r0, r1, x, picks, out, ldo, after);
   if (count == 2) return few_rows<C, Block, 2>(m, r0, r1, x, picks, out, ldo, after);
   if (count == 1) few_rows<C, Block, 1>(m, r0, r1, x, picks, out, ldo, after);
@@ -387,7 +436,7 @@ inline void integer_product(const Matrix& m, int r0, int r1, const QuantisedRows
 // Sixteen codes of a row as floats around zero.
 template <Codes C>
 GLM5_INLINE inline F32x16 codes16(const uint8_t* row, int k) {
-  if constexpr (C == Codes::int4) return load_nibbles(row + k / 2) - set16(8.0f);
+  if constexpr (C == Codes::int4) return load_codes4(row + k / 2);
   else return load_bytes(row + k) - set16(128.0f);
 }
 
@@ -461,7 +510,7 @@ template <Codes C, int R>
 void add_weight_rows_of(const Matrix& m, int row, const float* factors, float* to) {
   const uint8_t* from[R];
   for (int r = 0; r < R; r++) from[r] = m.data + static_cast<size_t>(row + r) * m.row_bytes();
-  for (size_t at = 0; at < R * m.row_bytes(); at += 64) fetch(from[0] + at + kAhead);
+  for (size_t at = 0; at < R * m.row_bytes(); at += 64) fetch_near(from[0] + at + kNear), fetch_far(from[0] + at + kFar);
   int k = 0;
   const bool whole = whole_groups(m);
   GroupScales<C, R> scales;
@@ -481,7 +530,7 @@ void add_weight_rows_of(const Matrix& m, int row, const float* factors, float* t
 template <Codes C>
 void add_all_rows_of(const Matrix& m, int row, int rows, const float* factors, float* to) {
   int r = 0;
-  for (; r + 2 <= rows; r += 2) add_weight_rows_of<C, 2>(m, row + r, factors + r, to);
+  for (; r + kAddRows <= rows; r += kAddRows) add_weight_rows_of<C, kAddRows>(m, row + r, factors + r, to);
   for (; r < rows; r++) add_weight_rows_of<C, 1>(m, row + r, factors + r, to);
 }
 
@@ -510,7 +559,7 @@ void float_tile(const Matrix& m, int row, const float* const* x, float* const* o
   for (; k + 16 <= m.cols; k += 16) {
     if (whole) scales.at(m, row, k);
     const size_t at = static_cast<size_t>(k / 16) * bytes_16;
-    if (at % 64 == 0) for (int r = 0; r < R; r++) fetch(from[r] + at + kAhead);
+    if (at % 64 == 0) for (int r = 0; r < R; r++) fetch_near(from[r] + at + kNear), fetch_far(from[r] + at + kFar);
     F32x16 acts[T];
     for (int t = 0; t < T; t++) acts[t] = load16(x[t] + k);
     for (int r = 0; r < R; r++) {

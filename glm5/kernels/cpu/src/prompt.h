@@ -161,14 +161,20 @@ inline void prompt_band(const PromptCall& call, const PromptItem& item) {
   }
 }
 
-// out[b, t, h] = softmax(scale * q . keys) values. The last bands first: under a causal rule they are the longest.
-inline void attend_prompt(const PromptCall& call) {
+// The last bands first: under a causal rule they are the longest.
+template <class F>
+void each_band(const PromptCall& call, F&& body) {
   const int bands = (call.queries + kBandQueries - 1) / kBandQueries;
   parallel(call.batch * call.heads * bands, [&](int i) {
     const int band = bands - 1 - i / (call.batch * call.heads), rest = i % (call.batch * call.heads);
     const int first = band * kBandQueries;
-    prompt_band(call, {rest / call.heads, rest % call.heads, first, std::min(kBandQueries, call.queries - first)});
+    body(PromptItem{rest / call.heads, rest % call.heads, first, std::min(kBandQueries, call.queries - first)});
   });
+}
+
+// out[b, t, h] = softmax(scale * q . keys) values.
+inline void attend_prompt(const PromptCall& call) {
+  each_band(call, [&](const PromptItem& item) { prompt_band(call, item); });
 }
 
 }  // namespace GLM5_ISA

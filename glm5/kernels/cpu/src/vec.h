@@ -143,6 +143,12 @@ inline float sum16(F32x16 a) {
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
+// The sums of eight lanes each, as sum16 adds them when the other eight are 0.
+inline void sum_each_half(F32x16 a, float& first, float& second) {
+  const __m512 q = _mm512_add_ps(a, _mm512_shuffle_f32x4(a, a, 0xb1));
+  const __m512 d = _mm512_add_ps(q, _mm512_permute_ps(q, 0x4e)), sums = _mm512_add_ps(d, _mm512_permute_ps(d, 0xb1));
+  first = _mm512_cvtss_f32(sums), second = _mm_cvtss_f32(_mm512_extractf32x4_ps(sums, 2));
+}
 // Lane i = sum16(a[i]), added in the same order.
 GLM5_INLINE inline F32x16 sum_sixteen(const F32x16 (&a)[16]) {
   __m512 h[8], q[4], d[2];  // halves, quarters, pairs of two, four and eight vectors side by side
@@ -237,12 +243,15 @@ GLM5_INLINE inline I32x16 sum_halves(const I32x16 (&v)[8]) {
 }
 
 inline I32x16 add16(I32x16 a, I32x16 b) { return a + b; }
-// Sixteen codes of four or eight bits, as floats.
 inline F32x16 load_bytes(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-inline F32x16 load_nibbles(const uint8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(apart(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+// Sixteen codes of four bits, less 8: each lane shifts its own to the bottom and looks it up.
+inline F32x16 load_codes4(const uint8_t* p) {
+  const __m512i words = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m512i copies = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), words);
+  const __m512i places = _mm512_srlv_epi32(copies, _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28));
+  return _mm512_permutexvar_ps(places, _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
 }
 inline Bytes64 either(Bytes64 a, Bytes64 b) { return _mm512_or_si512(a, b); }
 // A value that no compiler can foresee.
@@ -297,6 +306,31 @@ inline void transpose_floats(const F32x16 (&in)[16], F32x16 (&out)[16]) {
   transpose16(rows);
   each<16>([&](auto i) GLM5_INLINE { out[i] = _mm512_castsi512_ps(rows[i]); });
 }
+
+#if defined(__AVX512BF16__)
+// acc[lane] += a0 b0 + a1 b1 of a pair of bf16 each; what is too small for a normal float counts as 0.
+inline F32x16 dot_pairs(F32x16 acc, Bytes64 a, Bytes64 b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+// Sixteen columns of two rows of bf16, the two of a column side by side.
+inline Bytes64 pair16(const uint16_t* a, const uint16_t* b) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+// The same of 32 columns.
+inline void pair32(const uint16_t* a, const uint16_t* b, Bytes64& first, Bytes64& second) {
+  const __m512i one = _mm512_loadu_si512(a), other = _mm512_loadu_si512(b);
+  const __m512i even = _mm512_unpacklo_epi16(one, other), odd = _mm512_unpackhi_epi16(one, other);
+  const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  first = _mm512_permutex2var_epi64(even, low, odd);
+  second = _mm512_permutex2var_epi64(even, high, odd);
+}
+inline F32x16 select16(uint16_t lanes, F32x16 yes, F32x16 no) { return _mm512_mask_mov_ps(no, lanes, yes); }
+// Bit i: is byte i of up to 64 not 0?
+inline uint64_t nonzero_bytes(const uint8_t* p, int count) {
+  const Bytes64 bytes = load64(p, count);
+  return _mm512_test_epi8_mask(bytes, bytes);
+}
+#endif
 
 #else  // ---------------------------------------------------------------- AVX2 and portable
 
@@ -592,14 +626,15 @@ inline F32x16 to_float(I32x16 a) { return {to_float(a.lo), to_float(a.hi)}; }
 inline F32x16 load_bf16(const uint16_t* p) { return {load8_bf16(p), load8_bf16(p + 8)}; }
 inline F32x16 load_f16(const uint16_t* p) { return {load8_f16(p), load8_f16(p + 8)}; }
 inline F32x16 load_bytes(const uint8_t* p) { return {load8_bytes(p), load8_bytes(p + 8)}; }
-inline F32x16 load_nibbles(const uint8_t* p) {
+inline F32x16 load_codes4(const uint8_t* p) {
   F32x16 r;
   load_nibbles(p, r.lo, r.hi);
-  return r;
+  return r - set16(8.0f);
 }
 inline F32x16 load_e4m3(const uint8_t* p) { return {load8_e4m3(p), load8_e4m3(p + 8)}; }
 inline void store_bf16(uint16_t* p, F32x16 x) { store8_bf16(p, x.lo), store8_bf16(p + 8, x.hi); }
 inline float sum16(F32x16 a) { return sum8(a.lo + a.hi); }
+inline void sum_each_half(F32x16 a, float& first, float& second) { first = sum8(a.lo), second = sum8(a.hi); }
 inline F32x8 sum_eight(const F32x16* a) {  // each by the tree of sum16
   F32x8 lanes[8];
   each<8>([&](auto i) GLM5_INLINE { lanes[i] = a[i].lo + a[i].hi; });

@@ -1,0 +1,266 @@
+// Attention over bf16 by products of pairs (AVX512_BF16): twice the arithmetic of fp32 an instruction.
+//
+// Keys, values and cached rows are bf16 as they lie; of prompts the queries too. Rounded on the way, as on
+// GPUs: the softmax's weights, and the queries of the absorbed form. Sums are fp32, in an order that depends
+// on nothing but the query's own slots. Other dtypes go to the set without pairs.
+#pragma once
+
+#include "attention.h"
+#include "prompt.h"
+
+namespace glm5 {
+namespace avx512 { extern const Table functions; }
+namespace GLM5_ISA {
+
+constexpr int kPairSlots = 32;  // cached rows in a block
+
+// out[q][lane] = sum_d left[q][d] . right[d][lane] (+ out * keep[q]), of pairs.
+template <int Q, int V>
+GLM5_INLINE inline void pair_tile(const uint32_t* left, size_t left_stride, int depth, const uint32_t* right, size_t right_stride,
+                                  const float* keep, float* out, size_t out_stride) {
+  F32x16 acc[Q][V];
+  each<Q>([&](auto q) GLM5_INLINE {
+    each<V>([&](auto v) GLM5_INLINE { acc[q][v] = keep ? load16(out + q * out_stride + 16 * v) * set16(keep[q]) : zero16(); });
+  });
+  for (int d = 0; d < depth; d++) {
+    Bytes64 line[V];
+    each<V>([&](auto v) GLM5_INLINE { line[v] = load64(right + static_cast<size_t>(d) * right_stride + 16 * v); });
+    each<Q>([&](auto q) GLM5_INLINE {
+      const Bytes64 value = repeat4(left + q * left_stride + static_cast<size_t>(d));
+      each<V>([&](auto v) GLM5_INLINE { acc[q][v] = dot_pairs(acc[q][v], line[v], value); });
+    });
+  }
+  each<Q>([&](auto q) GLM5_INLINE { each<V>([&](auto v) GLM5_INLINE { store16(out + q * out_stride + 16 * v, acc[q][v]); }); });
+}
+
+template <int Q>
+void pair_rows(int wanted, const uint32_t* left, size_t left_stride, int depth, const uint32_t* right, size_t right_stride, int columns,
+               const float* keep, float* out, size_t out_stride) {
+  if constexpr (Q > 1) {
+    if (wanted < Q) return pair_rows<Q - 1>(wanted, left, left_stride, depth, right, right_stride, columns, keep, out, out_stride);
+  }
+  int c = 0;
+  for (; c + 64 <= columns; c += 64) pair_tile<Q, 4>(left, left_stride, depth, right + c, right_stride, keep, out + c, out_stride);
+  for (; c < columns; c += 16) pair_tile<Q, 1>(left, left_stride, depth, right + c, right_stride, keep, out + c, out_stride);
+}
+
+// The scores of 16 V slots become weights of a running softmax, in bf16. Returns what the sum before is worth now.
+template <int V>
+GLM5_INLINE inline float fold_pairs(const float* scores, float scale, uint64_t seen, uint16_t* weights, float& top, float& total) {
+  const F32x16 unseen = set16(-INFINITY);
+  F32x16 part[V], most = unseen;
+  each<V>([&](auto v) GLM5_INLINE {
+    part[v] = select16(static_cast<uint16_t>(seen >> 16 * v), load16(scores + 16 * v) * set16(scale), unseen);
+    most = max16(most, part[v]);
+  });
+  const float peak = std::max(top, top16(most));
+  const float keep = peak == top || peak == -INFINITY ? 1.0f : top == -INFINITY ? 0.0f : std::exp(top - peak);
+  top = peak;
+  if (peak == -INFINITY) {  // nothing was seen yet
+    std::memset(weights, 0, 32 * V);
+    return keep;
+  }
+  F32x16 sum = zero16();
+  each<V>([&](auto v) GLM5_INLINE {
+    const F32x16 weight = exp16(max16(part[v], set16(-1e30f)) - set16(peak));
+    store_bf16(weights + 16 * v, select16(static_cast<uint16_t>(seen >> 16 * v), weight, zero16()));
+    sum = sum + load_bf16(weights + 16 * v);
+  });
+  total = total * keep + sum16(sum);
+  return keep;
+}
+
+// ---------------------------------------------------------------- prompts
+
+inline void prompt_pairs(const PromptCall& call, const PromptItem& item) {
+  const int depth = (call.own + call.shared + 31) / 32 * 32, words = depth / 2, value = call.value, n = item.count;
+  const int kv_head = item.head / (call.heads / call.kv_heads);
+  static thread_local std::vector<float> float_store;
+  static thread_local std::vector<uint32_t> word_store;
+  const size_t rows = static_cast<size_t>(n);
+  float* mixed = scratch(float_store, rows * (static_cast<size_t>(value) + 2) + kQueryTile * (kKeys + 1));
+  float *top = mixed + rows * value, *total = top + rows, *scores = total + rows, *keep = scores + kQueryTile * kKeys;
+  uint32_t* q = scratch(word_store, (rows + 16 + kKeys) * words + static_cast<size_t>(kKeys / 2) * value + kQueryTile * kKeys / 2);
+  uint32_t* lines = q + rows * words;                         // [16][words]
+  uint32_t* keys = lines + static_cast<size_t>(16) * words;   // [words][kKeys]
+  uint32_t* values = keys + static_cast<size_t>(words) * kKeys;  // [kKeys / 2][value]
+  uint32_t* weights = values + static_cast<size_t>(kKeys / 2) * value;  // [kQueryTile][kKeys / 2]
+
+  const auto* q_own = static_cast<const uint16_t*>(call.q_own);
+  const auto* q_shared = static_cast<const uint16_t*>(call.q_shared);
+  const auto* k_own = static_cast<const uint16_t*>(call.k_own);
+  const auto* k_shared = static_cast<const uint16_t*>(call.k_shared);
+  const auto* v = static_cast<const uint16_t*>(call.v);
+  const auto join = [&](const uint16_t* own, const uint16_t* shared, uint32_t* to) {
+    auto* out = reinterpret_cast<uint16_t*>(to);
+    std::memcpy(out, own, 2 * static_cast<size_t>(call.own));
+    if (call.shared) std::memcpy(out + call.own, shared, 2 * static_cast<size_t>(call.shared));
+    std::memset(out + call.own + call.shared, 0, 2 * static_cast<size_t>(depth - call.own - call.shared));
+  };
+  for (int i = 0; i < n; i++) {
+    const size_t t = static_cast<size_t>(item.first + i);
+    join(q_own + item.row * call.q_own_at[0] + t * call.q_own_at[1] + item.head * call.q_own_at[2],
+         q_shared + item.row * call.q_shared_at[0] + t * call.q_shared_at[1] + item.head * call.q_shared_at[2], q + static_cast<size_t>(i) * words);
+    top[i] = -INFINITY, total[i] = 0;
+  }
+  std::memset(mixed, 0, 4 * rows * value);
+  const int before = call.keys - call.queries;  // keys that every query sees, where slots say who sees whom
+  const int end = call.causal ? std::min(call.keys, before + item.first + n) : call.keys;
+  const uint8_t* visible = call.visible ? call.visible + item.row * call.visible_at + static_cast<size_t>(item.first) * call.keys : nullptr;
+
+  for (int s0 = 0; s0 < end; s0 += kKeys) {
+    const int here = std::min(kKeys, end - s0);
+    if (visible) {
+      uint64_t any = 0;
+      for (int i = 0; i < n && !any; i++) any = nonzero_bytes(visible + static_cast<size_t>(i) * call.keys + s0, here);
+      if (!any) continue;
+    }
+    const auto slot = [&](int s) { return static_cast<size_t>(s0 + std::min(s, here - 1)); };
+    for (int s = 0; s < kKeys; s += 16) {
+      for (int j = 0; j < 16; j++)
+        join(k_own + item.row * call.k_own_at[0] + slot(s + j) * call.k_own_at[1] + kv_head * call.k_own_at[2],
+             k_shared + item.row * call.k_shared_at[0] + slot(s + j) * call.k_shared_at[1], lines + static_cast<size_t>(j) * words);
+      for (int w = 0; w < words; w += 16) {
+        Bytes64 line[16];
+        each<16>([&](auto j) GLM5_INLINE { line[j] = load64(lines + static_cast<size_t>(j) * words + w); });
+        transpose_words(line, keys + static_cast<size_t>(w) * kKeys + s, 4 * kKeys);
+      }
+    }
+    for (int s = 0; s < kKeys; s += 2) {
+      const auto row = [&](int i) { return v + item.row * call.v_at[0] + slot(i) * call.v_at[1] + kv_head * call.v_at[2]; };
+      uint32_t* to = values + static_cast<size_t>(s / 2) * value;
+      if (s >= here) std::memset(to, 0, 4 * static_cast<size_t>(value));  // no weight: but nothing that is not finite either
+      else for (int c = 0; c < value; c += 16) store64(to + c, pair16(row(s) + c, row(s + 1) + c));
+    }
+    for (int i0 = 0; i0 < n; i0 += kQueryTile) {
+      const int tile = std::min(kQueryTile, n - i0);
+      if (call.causal && s0 > before + item.first + i0 + tile - 1) continue;
+      pair_rows<kQueryTile>(tile, q + static_cast<size_t>(i0) * words, static_cast<size_t>(words), words, keys, kKeys, kKeys, nullptr, scores, kKeys);
+      for (int i = 0; i < tile; i++) {
+        const int last = call.causal ? std::clamp(before + item.first + i0 + i + 1 - s0, 0, here) : here;
+        uint64_t seen = last == 64 ? ~0ull : (1ull << last) - 1;
+        if (visible) seen &= nonzero_bytes(visible + static_cast<size_t>(i0 + i) * call.keys + s0, here);
+        keep[i] = fold_pairs<kKeys / 16>(scores + i * kKeys, call.scale, seen, reinterpret_cast<uint16_t*>(weights + i * kKeys / 2), top[i0 + i], total[i0 + i]);
+      }
+      pair_rows<kQueryTile>(tile, weights, kKeys / 2, kKeys / 2, values, static_cast<size_t>(value), value, keep, mixed + static_cast<size_t>(i0) * value, static_cast<size_t>(value));
+    }
+  }
+  for (int i = 0; i < n; i++) {
+    float* mine = mixed + static_cast<size_t>(i) * value;
+    const F32x16 factor = set16(total[i] > 0 ? 1.0f / total[i] : 0.0f);
+    const size_t at = ((static_cast<size_t>(item.row) * call.queries + static_cast<size_t>(item.first + i)) * call.heads + item.head) * value;
+    for (int c = 0; c < value; c += 16) store_bf16(static_cast<uint16_t*>(call.out) + at + c, load16(mine + c) * factor);
+  }
+}
+
+inline void attend_prompt_by_pairs(const PromptCall& call) {
+  if (!call.bf16 || (call.shared && !call.shared_bf16)) return avx512::functions.attend_prompt(call);
+  each_band(call, [&](const PromptItem& item) { prompt_pairs(call, item); });
+}
+
+// ---------------------------------------------------------------- absorbed MLA
+
+// scores[h][s] = q[h] . row s for four heads and four rows; `width` in bf16, q padded with zeros to whole vectors.
+GLM5_INLINE inline void score_pairs(const uint16_t* const (&q)[4], const uint16_t* const (&rows)[4], int width, float* sums) {
+  F32x16 acc[16];  // head i / 4, row i % 4
+  each<16>([&](auto i) GLM5_INLINE { acc[i] = zero16(); });
+  const auto step = [&](int k, auto load) GLM5_INLINE {
+    Bytes64 row[4];
+    each<4>([&](auto j) GLM5_INLINE { row[j] = load(rows[j] + k); });
+    each<4>([&](auto i) GLM5_INLINE {
+      const Bytes64 query = load64(q[i] + k);
+      each<4>([&](auto j) GLM5_INLINE { acc[4 * i + j] = dot_pairs(acc[4 * i + j], query, row[j]); });
+    });
+  };
+  int k = 0;
+  for (; k + 32 <= width; k += 32) step(k, [](const uint16_t* p) GLM5_INLINE { return load64(p); });
+  if (k < width) step(k, [&](const uint16_t* p) GLM5_INLINE { return load64(p, 2 * (width - k)); });
+  store16(sums, sum_sixteen(acc));
+}
+
+// mixed[h] = mixed[h] * keep[h] + sum_s weights[h][s] row s, for up to four heads and 16 V columns of pairs of rows.
+template <int V>
+GLM5_INLINE inline void mix_pairs(const uint32_t* weights, int count, const float* keep, const Bytes64* pairs, float* mixed, size_t width) {
+  F32x16 acc[4][V];
+  const auto head = [&](int i) { return std::min(i, count - 1); };
+  each<4>([&](auto i) GLM5_INLINE {
+    each<V>([&](auto v) GLM5_INLINE { acc[i][v] = load16(mixed + head(i) * width + 16 * v) * set16(keep[head(i)]); });
+  });
+  for (int s = 0; s < kPairSlots / 2; s++) {
+    each<4>([&](auto i) GLM5_INLINE {
+      const Bytes64 weight = repeat4(weights + head(i) * (kPairSlots / 2) + s);
+      each<V>([&](auto v) GLM5_INLINE { acc[i][v] = dot_pairs(acc[i][v], pairs[s * V + v], weight); });
+    });
+  }
+  each<4>([&](auto i) GLM5_INLINE {
+    if (i < count) each<V>([&](auto v) GLM5_INLINE { store16(mixed + i * width + 16 * v, acc[i][v]); });
+  });
+}
+
+inline void attend_heads_by_pairs(const AttendCall& call, int t, int heads, const float* q, float* mixed) {
+  if (!call.cache_bf16) return avx512::functions.attend_heads(call, t, heads, q, mixed);
+  const int width = call.latent + call.rotary, padded = (width + 31) / 32 * 32, latent = call.latent, count = call.counts[t];
+  const int32_t* slots = call.slots ? call.slots + static_cast<size_t>(t) * call.max_slots : nullptr;
+  const auto* cache = reinterpret_cast<const uint16_t*>(static_cast<const char*>(call.cache) + call.cache_rows[t] * call.cache_row_bytes);
+  static thread_local std::vector<float> float_store;
+  static thread_local std::vector<uint32_t> word_store;
+  float* scores = scratch(float_store, static_cast<size_t>(heads) * (kPairSlots + 3));
+  float *top = scores + heads * kPairSlots, *total = top + heads, *keep = total + heads;
+  uint32_t* weights = scratch(word_store, static_cast<size_t>(heads) * (kPairSlots + padded) / 2);
+  auto* queries = reinterpret_cast<uint16_t*>(weights + static_cast<size_t>(heads) * kPairSlots / 2);
+  for (int h = 0; h < heads; h++) {
+    uint16_t* mine = queries + static_cast<size_t>(h) * padded;
+    for (int k = 0; k < width; k += 16) store_bf16(mine + k, load16(q + static_cast<size_t>(h) * width + k));
+    std::memset(mine + width, 0, 2 * static_cast<size_t>(padded - width));
+    top[h] = -INFINITY, total[h] = 0;
+  }
+  std::memset(mixed, 0, 4 * static_cast<size_t>(heads) * latent);
+  for (int s0 = 0; s0 < count; s0 += kPairSlots) {
+    const int here = std::min(kPairSlots, count - s0);
+    const auto row_of_slot = [&](int s) { return cache + static_cast<size_t>(slots ? slots[s] : s) * width; };
+    // Chosen slots lie far apart in a long cache: no machine foresees the next one.
+    for (int s = s0 + kPairSlots; s < std::min(count, s0 + 2 * kPairSlots); s++)
+      for (int k = 0; k < width; k += 32) __builtin_prefetch(row_of_slot(s) + k, 0, 2);
+    const uint16_t* rows[kPairSlots];
+    for (int s = 0; s < kPairSlots; s++) rows[s] = row_of_slot(s0 + std::min(s, here - 1));
+    for (int h = 0; h < heads; h += 4) {
+      const uint16_t* some[4];
+      for (int i = 0; i < 4; i++) some[i] = queries + static_cast<size_t>(std::min(h + i, heads - 1)) * padded;
+      for (int s = 0; s < here; s += 4) {
+        float sums[16];
+        const uint16_t* four[4] = {rows[s], rows[s + 1], rows[s + 2], rows[s + 3]};
+        score_pairs(some, four, width, sums);
+        for (int i = 0; i < std::min(4, heads - h); i++) std::memcpy(scores + (h + i) * kPairSlots + s, sums + 4 * i, 16);
+      }
+    }
+    const uint64_t seen = (1ull << here) - 1;
+    for (int h = 0; h < heads; h++) {
+      float* line = scores + h * kPairSlots;
+      for (int s = (here + 3) / 4 * 4; s < kPairSlots; s++) line[s] = 0;
+      keep[h] = fold_pairs<kPairSlots / 16>(line, call.scale, seen, reinterpret_cast<uint16_t*>(weights + h * kPairSlots / 2), top[h], total[h]);
+    }
+    // Rows without a weight repeat a row that has one: nothing that is not finite comes in by them.
+    int c = 0;
+    Bytes64 pairs[4 * kPairSlots / 2];
+    for (; c + 64 <= latent; c += 64) {
+      for (int s = 0; s < kPairSlots / 2; s++)
+        for (int half = 0; half < 2; half++)
+          pair32(rows[2 * s] + c + 32 * half, rows[2 * s + 1] + c + 32 * half, pairs[4 * s + 2 * half], pairs[4 * s + 2 * half + 1]);
+      for (int h = 0; h < heads; h += 4)
+        mix_pairs<4>(weights + h * kPairSlots / 2, std::min(4, heads - h), keep + h, pairs, mixed + static_cast<size_t>(h) * latent + c, static_cast<size_t>(latent));
+    }
+    for (; c < latent; c += 16) {
+      for (int s = 0; s < kPairSlots / 2; s++) pairs[s] = pair16(rows[2 * s] + c, rows[2 * s + 1] + c);
+      for (int h = 0; h < heads; h += 4)
+        mix_pairs<1>(weights + h * kPairSlots / 2, std::min(4, heads - h), keep + h, pairs, mixed + static_cast<size_t>(h) * latent + c, static_cast<size_t>(latent));
+    }
+  }
+  for (int h = 0; h < heads; h++) {
+    float* mine = mixed + static_cast<size_t>(h) * latent;
+    const F32x16 factor = set16(total[h] > 0 ? 1.0f / total[h] : 0.0f);
+    for (int c = 0; c < latent; c += 16) store16(mine + c, load16(mine + c) * factor);
+  }
+}
+
+}  // namespace GLM5_ISA
+}  // namespace glm5
