@@ -3,8 +3,9 @@
     python benchmarks/decode.py [--quick] [--llama-bench PATH] [--moe-layers N] [--threads N]
 
 Every figure stands beside the memory read rate measured between its own repetitions. Bytes are
-counted from the experts that ran. `--llama-bench` names the program; without it `vs_llama_cpp` is
-null. The last line is JSON: expert_share, step_share, vs_llama_cpp, context_growth_2k_128k.
+counted from the experts that ran. `--llama-bench` names the program, which runs before and after, at 2K of
+context and at none; without it `vs_llama_cpp` (both at 2K) is null. The last line is JSON: expert_share,
+step_share, vs_llama_cpp, context_growth_2k_128k.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.cache import Cache
 
 CONTEXTS = (2048, 8192, 32768, 131072)
+NEAR_NONE = 16
+TOKENS = 4  # decoded one after the other before memory's rate is measured again
 
 
 def main() -> None:
@@ -31,16 +34,22 @@ def main() -> None:
     torch.set_num_threads(1)  # PyTorch's own threads would wait, awake, on our cores
     cpu.set_threads(arguments.threads)
 
-    llama = None
-    if arguments.llama_bench is not None:
-        run = ["-p", "0", "-n", "24", "-r", "2" if arguments.quick else "5"]
-        (llama,) = llama_rates(arguments.llama_bench, arguments.moe_layers, arguments.threads, [run])
+    def llama_now() -> list[list[float]]:
+        if arguments.llama_bench is None:
+            return []
+        runs = [["-p", "0", "-n", "24", "-r", "2", "-d", depth] for depth in ("2048", "0")]
+        return [llama_rates(arguments.llama_bench, arguments.moe_layers, arguments.threads, runs)]
+
+    llama = llama_now()
     model = random_slice(arguments.moe_layers)
     with torch.inference_mode():
         read, expert = expert_product(model, repeats)
-        step = whole_step(model, 2048, repeats)
+        step, short = whole_step(model, 2048, repeats), whole_step(model, NEAR_NONE, repeats)
         curve = context_curve(model, CONTEXTS[: 3 if arguments.quick else 4], repeats)
-    report(read, expert, step, curve, llama, arguments.threads)
+    del model
+    llama += [] if arguments.quick else llama_now()
+    deep, empty = (statistics.mean(rates) for rates in zip(*llama, strict=True)) if llama else (None, None)
+    report(read, expert, step, short, curve, (deep, empty), arguments.threads)
 
 
 def read_rate(model: GlmForCausalLM) -> float:
@@ -87,20 +96,21 @@ class Step:
 
 
 def whole_step(model: GlmForCausalLM, context: int, repeats: int) -> Step:
-    cache = filled_cache(model, context)
+    """Decoding of TOKENS random tokens in a row, the mean of each run."""
+    cache = filled_cache(model, context, TOKENS)
     mixtures = {i: m.mlp for i, m in enumerate(model.model.layers) if isinstance(m.mlp, PackedMixture)}
     seconds, reads, sizes, seen = [], [], [], set()
     for repeat in range(repeats + 2):
-        token = torch.randint(
-            0, model.config.vocab_size, (1, 1), generator=torch.Generator().manual_seed(repeat)
-        )
+        random = torch.Generator().manual_seed(repeat)
+        tokens = torch.randint(0, model.config.vocab_size, (TOKENS, 1, 1), generator=random)
         cache.truncate(context)
         reads.append(read_rate(model))
         started = time.perf_counter()
-        model(token, cache=cache, logits_to_keep=1)
-        seconds.append(time.perf_counter() - started)
+        for token in tokens:
+            model(token, cache=cache, logits_to_keep=1)
+        seconds.append((time.perf_counter() - started) / TOKENS)
         chosen = {}
-        for index, ids in experts_of(model, token, cache, context, mixtures).items():
+        for index, ids in experts_of(model, tokens[0], cache, context, mixtures).items():
             chosen[index] = len(set(ids))
             seen |= {(index, expert) for expert in ids}
         sizes.append(step_bytes(model, chosen, context))
@@ -159,19 +169,24 @@ def report(
     read: float,
     expert: float,
     step: Step,
+    short: Step,
     curve: list[tuple[int, float, float]],
-    llama: float | None,
+    llama: tuple[float | None, float | None],
     threads: int,
 ) -> None:
     ours = 1 / step.seconds
     print(f"{threads} threads, {cpu.instruction_sets()[0]}; memory read {read:.1f} GB/s")
     print(f"one expert product      {expert:6.1f} GB/s   {expert / read:5.0%} of it")
-    print(
-        f"whole step at 2K        {step.size / step.seconds / GIGA:6.1f} GB/s   {step.share:5.0%}   "
-        f"{ours:.1f} tokens/s, {step.size / 1e6:.0f} MB each; {step.distinct:.0f} experts a layer seen"
-    )
-    if llama is not None:
-        print(f"llama.cpp Q4_0          {llama:.1f} tokens/s: ours is {ours / llama:.2f} times it")
+    ratios = []
+    for name, found, peer in (("at 2K", step, llama[0]), ("at no context", short, llama[1])):
+        rate = 1 / found.seconds
+        ratios.append(None if peer is None else round(rate / peer, 2))
+        beside = "" if peer is None else f"; llama.cpp Q4_0 {peer:.1f}: {rate / peer:.2f} times it"
+        print(
+            f"step {name:18s} {found.size * rate / GIGA:6.1f} GB/s   {found.share:5.0%}   "
+            f"{rate:.1f} tokens/s, {found.size / 1e6:.0f} MB each{beside}"
+        )
+    print(f"{step.distinct:.0f} experts a layer seen")
     print("context     step   index scan   the rest")
     for context, seconds, scanned in curve:
         rest = seconds - scanned
@@ -181,7 +196,7 @@ def report(
     print(json.dumps({
         "memory_read_gb_s": round(read, 2), "expert_share": round(expert / read, 3),
         "step_share": round(step.share, 3), "tokens_per_second": round(ours, 2),
-        "vs_llama_cpp": None if llama is None else round(ours / llama, 2),
+        "vs_llama_cpp": ratios[0], "vs_llama_cpp_no_context": ratios[1],
         "context_growth_2k_128k": round(growth, 3) if last[0] == CONTEXTS[-1] else None,
         "curve_ms": {str(c): [round(s * 1e3, 2), round(i * 1e3, 2)] for c, s, i in curve},
     }))  # fmt: skip

@@ -4,8 +4,9 @@
 
 Prefill, greedy decode and training steps, ours and theirs (experts_implementation="grouped_mm") in
 turn, so that a noisy machine treats both alike; medians of the rounds. Training is forward, loss,
-backward and AdamW, without MTP and balance losses, in fp32 and under bf16 autocast. Ceilings first:
-matrix products and memory reads. The last line is JSON.
+backward and AdamW, without MTP and balance losses, in fp32 and under bf16 autocast. The fp32 weights are
+those of `checkpoints/nano`; the embedded model itself, which is int4, decodes and prefills beside them.
+Ceilings first: matrix products and memory reads. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from glm5.runtime.memory import keep_freed_memory
 from glm5.training.losses import linear_cross_entropy
 from glm5.training.recipe import read_recipe
 
+TRAINED = Path(__file__).parents[1] / "checkpoints" / "nano"
 PREFILL_TOKENS = 512
 DECODE_TOKENS = 96
 TRAIN_ROWS, TRAIN_LENGTH = 8, 512
@@ -54,6 +56,7 @@ def main() -> None:
         ceilings = measure_ceilings(seconds)
         # Each library in a process of its own, as its users run it.
         peers = [Peer(kind, directory, options.threads) for kind in ("glm5", "transformers")]
+        embedded = Peer("glm5", None, options.threads)
         gap = float(np.abs(peers[0].ask("logits") - peers[1].ask("logits")).max())
         # Their latent norms have another eps (1e-6); with the same one, both agree to 1e-5.
         assert gap < 0.1, f"the two differ by {gap:.3f} of the logits' spread: not the same weights"
@@ -61,15 +64,16 @@ def main() -> None:
             job: interleave(peers, job, steps if job.startswith("training") else rounds)
             for job in ("prefill", "decode", "training fp32", "training bf16")
         }
-        for peer in peers:
+        int4 = {job: interleave([embedded, peers[0]], job, rounds) for job in ("prefill", "decode")}
+        for peer in (*peers, embedded):
             peer.stop()
-    show(console, config, ceilings, results, options.threads)
+    show(console, config, ceilings, results, int4, options.threads)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds: under three minutes on two cores")
-    parser.add_argument("--model", type=Path, help="a checkpoint directory (default: the embedded model)")
+    parser.add_argument("--model", type=Path, help="a checkpoint directory (default: checkpoints/nano)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
@@ -79,11 +83,9 @@ def arguments() -> argparse.Namespace:
 
 def write_weights(path: Path | None, directory: Path) -> ModelConfig:
     """fp32 weights for both; without a trained model, random ones of the nano recipe."""
-    try:
-        source: GlmForCausalLM = glm5.load(path, dtype="float32", device="cpu")
-    except glm5.Glm5Error:
-        if path is not None:
-            raise
+    if path is not None or TRAINED.is_dir():
+        source: GlmForCausalLM = glm5.load(path or TRAINED, dtype="float32", device="cpu")
+    else:
         recipe = read_recipe("nano")
         config = recipe.model_config_for(recipe.tokenizer.vocab_size, (0,), 0)
         source = GlmForCausalLM(config)
@@ -95,7 +97,7 @@ def write_weights(path: Path | None, directory: Path) -> ModelConfig:
 class Peer:
     """A process that holds one library's model and does jobs when asked."""
 
-    def __init__(self, kind: str, directory: Path, threads: int) -> None:
+    def __init__(self, kind: str, directory: Path | None, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, child = context.Pipe()
         self._process = context.Process(target=serve, args=(kind, directory, threads, child), daemon=True)
@@ -112,10 +114,10 @@ class Peer:
         self._process.join()
 
 
-def serve(kind: str, directory: Path, threads: int, pipe: Connection) -> None:
-    """Body of a peer's process."""
+def serve(kind: str, directory: Path | None, threads: int, pipe: Connection) -> None:
+    """Body of a peer's process; without a directory the model is the embedded one."""
     torch.set_num_threads(threads)
-    jobs = jobs_of_ours(directory) if kind == "glm5" else jobs_of_theirs(directory)
+    jobs = jobs_of_theirs(directory) if kind == "transformers" else jobs_of_ours(directory)
     made: dict[str, Work] = {}
     while (job := pipe.recv()) is not None:
         if job == "logits":
@@ -129,9 +131,9 @@ def serve(kind: str, directory: Path, threads: int, pipe: Connection) -> None:
         pipe.send((tokens, time.perf_counter() - started))
 
 
-def jobs_of_ours(directory: Path) -> dict[str, Callable[[], Any]]:
+def jobs_of_ours(directory: Path | None) -> dict[str, Callable[[], Any]]:
     logging.getLogger("glm5").setLevel(logging.ERROR)
-    model = LanguageModel.load(directory, dtype=torch.float32)
+    model = glm5.load(directory, dtype="float32", device="cpu")
     return {
         "logits": lambda: spread_logits(model, model.config),
         "prefill": lambda: prefill_ours(model),
@@ -141,7 +143,7 @@ def jobs_of_ours(directory: Path) -> dict[str, Callable[[], Any]]:
     }
 
 
-def jobs_of_theirs(directory: Path) -> dict[str, Callable[[], Any]]:
+def jobs_of_theirs(directory: Path | None) -> dict[str, Callable[[], Any]]:
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -304,6 +306,7 @@ def show(
     config: ModelConfig,
     ceilings: dict[str, float],
     results: dict[str, tuple[float, float]],
+    int4: dict[str, tuple[float, float]],
     threads: int,
 ) -> None:
     active = config.active_params()
@@ -325,8 +328,11 @@ def show(
             shares[name] = ours * active * factor / 1e9 / peak
         table.add_row(name, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours / theirs:.2f}x", f"{shares[name]:.0%}")
     console.print(table)
+    for name, (packed, floats) in int4.items():
+        console.print(f"int4 {name}: {packed:,.0f} tokens/s, {packed / floats:.2f} times fp32")
     ratio = {name: round(ours / theirs, 3) for name, (ours, theirs) in results.items()}
     figures = {
+        "decode_int4_vs_fp32": round(int4["decode"][0] / int4["decode"][1], 3),
         "decode_vs_transformers": ratio["decode"],
         "prefill_vs_transformers": ratio["prefill"],
         "training_vs_transformers": ratio["training bf16"],

@@ -139,7 +139,9 @@ def quantize(
     group: Annotated[int, typer.Option(help="Columns that share a scale: 32, 64, 128.")] = 64,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="PATTERN=BITS", help="Other bits for some modules: '*.self_attn.*=8'."),
+        typer.Option(
+            "--set", metavar="PATTERN=BITS[:GROUP]", help="Other bits for some modules: '*.self_attn.*=8'."
+        ),
     ] = None,
     keep: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave these modules as they are.")

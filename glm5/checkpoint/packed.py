@@ -26,11 +26,13 @@ from glm5.kernels.modules import (
     NativeLinear,
     NativeNorm,
     Packed,
+    PackedEmbedding,
     PackedExperts,
     PackedLinear,
     PackedMixture,
     PackedMLP,
     Scheme,
+    TiedHead,
 )
 from glm5.kernels.packing import BITS
 from glm5.model.attention import MultiHeadLatentAttention
@@ -75,6 +77,7 @@ def pack_modules(model: GlmForCausalLM, scheme_of: SchemeOf) -> list[PackedWeigh
                 _set(model, path, layer)
                 shape = (module.out_features, module.in_features)
                 found.append(PackedWeight(f"{name}.weight", shape, scheme, _memory_of(layer)))
+    found += _packed_embedding(model, scheme_of)
     for path, module in list(model.named_modules()):
         layers = [getattr(module, name, None) for name in PROJECTIONS]
         if type(module) is MLP and all(isinstance(layer, PackedLinear) for layer in layers):
@@ -82,10 +85,12 @@ def pack_modules(model: GlmForCausalLM, scheme_of: SchemeOf) -> list[PackedWeigh
     return found
 
 
-def place_modules(model: nn.Module, device: torch.device) -> None:
+def place_modules(model: GlmForCausalLM, device: torch.device) -> None:
     """Give packed layers memory; the float layers beside them go through the native kernels too."""
     for module in model.modules():
-        if isinstance(module, (PackedLinear, PackedExperts)):
+        if isinstance(module, PackedEmbedding):
+            module.place_as(model.model.norm.weight)
+        elif isinstance(module, (PackedLinear, PackedExperts)):
             module.place(device)
         elif type(module) is Linear and device.type == "cpu":
             NativeLinear.of(module)
@@ -104,6 +109,21 @@ def is_packed(model: nn.Module) -> bool:
 
 def _memory_of(layer: PackedLinear) -> Callable[[], Packed]:
     return lambda: Packed(layer.words, layer.scales)
+
+
+def _packed_embedding(model: GlmForCausalLM, scheme_of: SchemeOf) -> list[PackedWeight]:
+    """Swap the embedding, and a head that has no matrix of its own."""
+    table = model.model.embed_tokens
+    name = _disk_module(model, "model.embed_tokens")
+    scheme = scheme_of(name)
+    if scheme is None or not _fits(table.embedding_dim, scheme):
+        return []
+    embedding = PackedEmbedding(table.num_embeddings, table.embedding_dim, scheme)
+    model.model.embed_tokens = embedding  # type: ignore[assignment]
+    if model.config.tie_word_embeddings and not isinstance(model.lm_head, PackedLinear):
+        model.lm_head = TiedHead(embedding)  # type: ignore[assignment]
+    shape = (table.num_embeddings, table.embedding_dim)
+    return [PackedWeight(f"{name}.weight", shape, scheme, _memory_of(embedding))]
 
 
 def _packed_experts(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from glm5.files import remove_temporaries
 from glm5.model.mtp import MTPLayer
@@ -99,7 +99,7 @@ class CalibratedRounding:
             return Hidden.load(self._hidden_path(layer), self._source.config)
         windows = self._calibration.input_ids
         ids = torch.tensor([token for window in windows for token in window])
-        return Hidden(embedded(self._source, ids), [len(window) for window in windows])
+        return Hidden(self._embedded(ids), [len(window) for window in windows])
 
     def _enter_draft(self, hidden: Hidden, layer: MTPLayer, draft: int) -> None:
         """An MTP layer reads the projection of what came before and of the next token's embedding."""
@@ -116,11 +116,14 @@ class CalibratedRounding:
             # Past its end a window repeats its last token: one input of hundreds.
             ahead = window[1 + draft :]
             following += [*ahead, *window[-1:] * (len(window) - len(ahead))]
-        next_ND = embedded(self._source, torch.tensor(following))
+        next_ND = self._embedded(torch.tensor(following))
         hidden.selections.clear()
         for _, rows in hidden.windows():
             joined = torch.cat((layer.enorm(next_ND[rows]), layer.hnorm(norm(hidden.x_ND[rows]))), dim=-1)
             hidden.x_ND[rows] = layer.eh_proj(joined)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        return embedded(self._source, ids, self._items["model.embed_tokens.weight"].scheme)
 
     def _hidden_path(self, layer: int) -> Path:
         return self._folder / f"hidden-{layer:05d}.safetensors"

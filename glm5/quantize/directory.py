@@ -422,7 +422,9 @@ def _targets(modules: list[str], by_scheme: dict[Scheme, list[str]]) -> list[str
     vLLM tries every pattern for every layer, so that there must not be one for each expert.
     """
     if len(by_scheme) == 1:
-        return ["Linear", "re:lm_head$"] if "lm_head" in modules else ["Linear"]  # vLLM: another class
+        # Classes of their own: to vLLM the head, to everyone the embedding.
+        others = [module for module in modules if module in ("lm_head", "model.embed_tokens")]
+        return ["Linear", *(_pattern(module, 0) for module in others)]
     others = [module for members in by_scheme.values() if members is not modules for module in members]
     targets: set[str] = set()
     for named in (0, 1, 2):  # numbers told: none, the layer's, the expert's too

@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from glm5.checkpoint.packed import round_finite
 from glm5.config import ModelConfig
 from glm5.files import atomic_path
+from glm5.kernels.modules import Scheme
+from glm5.kernels.packing import dequantise
 from glm5.model.indexer import Selection
 from glm5.model.masks import Visibility
 from glm5.model.rotary import Rotation, rotation
@@ -56,12 +59,16 @@ def surroundings(length: int, config: ModelConfig) -> tuple[Rotation, Visibility
     return angles, Visibility(length, is_causal=length > 1)
 
 
-def embedded(source: WeightSource, ids: Tensor) -> Tensor:
-    """fp32 [N, D]: the rows of the embedding, which is read in bands and never held whole."""
+def embedded(source: WeightSource, ids: Tensor, scheme: Scheme | None) -> Tensor:
+    """fp32 [N, D]: the rows of the embedding as the result will have them; it is never held whole."""
+    name = "model.embed_tokens.weight"
     out = torch.empty(len(ids), source.config.hidden_size)
     first = 0
-    for band in source.bands("model.embed_tokens.weight"):
+    for band in source.rows(name):
         here = (ids >= first) & (ids < first + len(band))
         out[here] = band[ids[here] - first].float()
         first += len(band)
-    return out
+    if scheme is None:
+        return out
+    rounded = round_finite(out, scheme, name, source.path)
+    return dequantise(rounded.words, rounded.scales, scheme.bits, out.shape[1])

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from glm5.checkpoint import names
 from glm5.errors import CheckpointError, RecipeError
 from glm5.kernels.modules import Scheme
 from glm5.kernels.packing import words_per_row
-from glm5.quantize.recipe import Recipe, never_rounded
+from glm5.quantize.recipe import Recipe, fits, names_embedding, never_rounded
 from glm5.quantize.sources import WeightSource, meta_model
 
 
@@ -51,7 +50,7 @@ def plan(source: WeightSource, recipe: Recipe) -> list[Item]:
     linear = {
         names.disk_name(f"{path}.", source.config).removesuffix(".")
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, (nn.Linear, nn.Embedding))
     }
     linear = {module for module in linear if not never_rounded(module)}
     pieces = {piece.name.removesuffix(".weight"): piece for piece in names.pieces(model)}
@@ -96,22 +95,23 @@ def _refuse_parted_experts(items: list[Item]) -> None:
 
 def _refuse_idle_patterns(path: Path, recipe: Recipe, roundable: list[str], others: list[str]) -> None:
     """Every rule must fit a module that can be quantised; a mistyped one would leave its modules alone."""
-    for pattern, _ in recipe.rules:
+    for pattern, *_ in recipe.rules:
         if _fits(pattern, roundable):
             continue
-        idle = next((module for module in others if fnmatchcase(module, pattern)), None)
+        idle = next((module for module in others if fits(pattern, module)), None)
         if idle is not None:
             raise RecipeError(
                 f"pattern {pattern!r} fits only modules that are never quantised, such as {idle}, in {path}; "
                 "leave it out"
             )
         near = next((text for text in _neighbours(pattern, roundable) if _fits(text, roundable)), None)
-        advice = f"did you mean {near!r}?" if near else f"they are named like {roundable[0]}"
+        usual = next((module for module in roundable if not names_embedding(module)), roundable[0])
+        advice = f"did you mean {near!r}?" if near else f"they are named like {usual}"
         raise RecipeError(f"pattern {pattern!r} fits no module of {path}; {advice}")
 
 
 def _fits(pattern: str, modules: list[str]) -> bool:
-    return any(fnmatchcase(module, pattern) for module in modules)
+    return any(fits(pattern, module) for module in modules)
 
 
 def _neighbours(pattern: str, modules: list[str]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from glm5.checkpoint.packed import round_finite
 from glm5.checkpoint.safetensors_file import PlannedTensor, SafetensorsFile, write_safetensors
 from glm5.files import atomic_path
+from glm5.kernels.packing import words_per_row
 from glm5.quantize.plan import Item
 from glm5.quantize.sources import WeightSource
 
@@ -72,6 +73,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def nearest(source: WeightSource, item: Item) -> Result:
     """The codes next to each weight; CheckpointError when one is not finite."""
     assert item.scheme is not None
-    rounded = round_finite(source.read(item.name), item.scheme, item.name, source.path)
-    error = math.sqrt(rounded.error / rounded.energy) if rounded.energy else 0.0
-    return Result(rounded.words, rounded.scales, {"relative_error": error})
+    rows, columns = item.shape
+    words = torch.empty(rows, words_per_row(columns, item.scheme.bits), dtype=torch.int32)
+    scales = torch.empty(rows, columns // item.scheme.group, dtype=item.scheme.scale_dtype)
+    error = energy = 0.0
+    first = 0
+    for band in source.rows(item.name):
+        rounded = round_finite(band, item.scheme, item.name, source.path)
+        words[first : first + len(band)] = rounded.words
+        scales[first : first + len(band)] = rounded.scales
+        error, energy, first = error + rounded.error, energy + rounded.energy, first + len(band)
+    return Result(words, scales, {"relative_error": math.sqrt(error / energy) if energy else 0.0})

@@ -40,6 +40,10 @@ class WeightSource(Protocol):
         """The values to round, in a dtype that loses none of their bits."""
         ...
 
+    def rows(self, name: str) -> Iterator[Tensor]:
+        """The same in bands of rows, where that spares memory."""
+        ...
+
     def bands(self, name: str) -> Iterator[Tensor]:
         """The rows to copy, in `dtype`."""
         ...
@@ -77,6 +81,12 @@ class DirectorySource:
     def read(self, name: str) -> Tensor:
         self._parts(name)
         return self._stored.read(name)
+
+    def rows(self, name: str) -> Iterator[Tensor]:
+        if self._stored.dtype(name) == self.dtype(name):
+            yield from self.bands(name)
+        else:
+            yield self.read(name)
 
     def bands(self, name: str) -> Iterator[Tensor]:
         index = self._stored.index
@@ -138,6 +148,9 @@ class GgufSource:
 
     def read(self, name: str) -> Tensor:
         return self._model.read(name)
+
+    def rows(self, name: str) -> Iterator[Tensor]:
+        yield self.read(name)
 
     def bands(self, name: str) -> Iterator[Tensor]:
         yield self.read(name).to(self.dtype(name))

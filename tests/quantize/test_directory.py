@@ -18,10 +18,18 @@ from glm5.checkpoint.safetensors_file import SafetensorsFile
 from glm5.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from glm5.config import MODEL_TYPES, ModelConfig
 from glm5.errors import CheckpointError
-from glm5.kernels.modules import PROJECTIONS, NativeLinear, PackedLinear, PackedMixture, PackedMLP
+from glm5.kernels.modules import (
+    PROJECTIONS,
+    NativeLinear,
+    PackedLinear,
+    PackedMixture,
+    PackedMLP,
+    Scheme,
+    TiedHead,
+)
 from glm5.kernels.packing import words_per_row
 from glm5.model.transformer import GlmForCausalLM
-from glm5.quantize import Recipe, quantise
+from glm5.quantize import Calibration, Recipe, quantise
 from glm5.quantize.directory import ALIGNMENT, RECEIPT_FILE, WORKING, quantised_config
 from glm5.quantize.plan import Item
 from tests.checkpoint.checkpoint_fixture import assert_same_bits, refused, with_tensors
@@ -147,6 +155,31 @@ def test_a_tied_head_stays_with_the_embedding(tmp_path: Path, exact_kernels: Non
     assert difference(packed(IDS).logits, floats(IDS).logits) < SAME
     assert ("lm_head.weight" in ShardIndex(tmp_path / "int4")) == (not tied)
     assert "lm_head" in settings_of(tmp_path / "int4")["ignore"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_an_embedding_is_packed_where_a_pattern_spells_it(
+    tmp_path: Path, exact_kernels: None, tied: bool, calibrated: bool
+) -> None:
+    source = save_source(tmp_path / "source", small_config(tie_word_embeddings=tied))
+    text = Calibration(tuple(map(tuple, IDS.tolist()))) if calibrated else None
+    quantise(
+        tmp_path / "source",
+        tmp_path / "int4",
+        Recipe.of(4, 32, ["*.embed_tokens=8:64"], []),
+        calibration=text,
+    )
+    packed, floats = load_model(tmp_path / "int4", dtype=torch.float32), as_floats(tmp_path / "int4")
+    embedding: Any = packed.model.embed_tokens
+    assert (embedding.scheme, packed.dtype) == (Scheme(8, 64), torch.float32)
+    assert torch.equal(embedding(IDS), floats.model.embed_tokens(IDS))
+    assert 0 < spread(floats.model.embed_tokens(IDS), source.model.embed_tokens(IDS)) < 0.01
+    assert isinstance(packed.lm_head, TiedHead) == tied
+    assert difference(packed(IDS).logits, floats(IDS).logits) < SAME
+    in_bf16 = load_model(tmp_path / "int4", dtype=torch.bfloat16)
+    assert in_bf16.model.embed_tokens(IDS).dtype == in_bf16(IDS).logits.dtype == torch.bfloat16
+    assert in_bf16.float().model.embed_tokens(IDS).dtype == torch.float32
 
 
 # --- mixed recipes ----------------------------------------------------------------------------------

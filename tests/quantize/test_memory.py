@@ -15,6 +15,7 @@ from glm5.checkpoint import ShardIndex, names, save_model
 from glm5.checkpoint.safetensors_file import PlannedTensor, write_safetensors
 from glm5.checkpoint.shards import SINGLE_FILE
 from glm5.model.transformer import GlmForCausalLM
+from glm5.quantize.sources import BAND_BYTES
 from tests.quantize.quantize_fixture import save_source, small_config
 
 MB = 1 << 20
@@ -74,6 +75,31 @@ def test_the_peak_is_one_tensor_and_its_codes(tmp_path: Path) -> None:
 
     assert sum(index[name].num_bytes for name in index.names) > 70 * MB
     assert 0.9 * largest < peak < 1.25 * largest + SLACK
+
+
+MEASURE_HEAD = MEASURE.replace(
+    'quantise(large, out / "large", Recipe(4, 32))',
+    'quantise(large, out / "large", Recipe(4, 32, (("lm_head", 8), ("*.embed_tokens", 8))))',
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_head_is_rounded_in_bands(tmp_path: Path) -> None:
+    """Embedding and head of 168 MB each, in bf16; their codes are half of that."""
+    config = small_config(vocab_size=1_310_720, num_nextn_predict_layers=0)
+    with torch.device("meta"):
+        model = GlmForCausalLM(config)
+    model.to_empty(device="cpu").bfloat16()
+    for tensor in model.state_dict().values():
+        tensor.fill_(0.01)
+    save_model(model, tmp_path / "large", stored="bf16")
+    del model
+    save_source(tmp_path / "small")
+    head = config.vocab_size * config.hidden_size
+    peak = measured(MEASURE_HEAD, tmp_path)
+    print(f"peak {peak / MB:.0f} MB")
+    # Codes and scales of one of them, a band and its codes.
+    assert peak < head * 8.5 / 8 + BAND_BYTES * 1.6 + 2 * SLACK < 2.7 * head
 
 
 MEASURE_CALIBRATED = MEASURE.replace(

@@ -54,6 +54,26 @@ def test_the_last_pattern_that_fits_counts() -> None:
     assert bits_of(kept, "model.layers.10.mlp.up_proj") == 4
 
 
+def test_a_rule_may_have_a_group_of_its_own() -> None:
+    recipe = Recipe.of(4, 64, ["*.self_attn.*=8:32", "*.o_proj=4", "lm_head=8:256", "*.q_b_proj=keep"], [])
+    attention = "model.layers.3.self_attn"
+    assert recipe.scheme_of(f"{attention}.kv_b_proj") == Scheme(8, 32)
+    assert recipe.scheme_of(f"{attention}.o_proj") == Scheme(4, 64)
+    assert recipe.scheme_of("lm_head") == Scheme(8, 256)
+    assert recipe.scheme_of(f"{attention}.q_b_proj") is None
+
+
+def test_only_a_pattern_that_spells_it_means_the_embedding() -> None:
+    for pattern, bits in (
+        ("*", 0),
+        ("model.*", 0),
+        ("*.embed*", 0),
+        ("*.embed_tokens", 8),
+        ("*embed_tokens*", 8),
+    ):
+        assert bits_of(Recipe.of(4, 64, [f"{pattern}=8"], []), "model.embed_tokens") == bits
+
+
 def test_a_pattern_is_no_regular_expression() -> None:
     recipe = Recipe.of(4, 64, ["model.layers.1.*=8", "a[=8", "(=8", "x=y=8", "[01].*=8"], [])
     assert bits_of(recipe, "model.layers.11.mlp.up_proj") == 4
@@ -62,7 +82,23 @@ def test_a_pattern_is_no_regular_expression() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["", "=", "=4", "*.mlp.*", "*=5", "*=0", "*= 4", "*=KEEP", "*=4.0", "*=-4"]
+    "change",
+    [
+        "",
+        "=",
+        "=4",
+        "*.mlp.*",
+        "*=5",
+        "*=0",
+        "*= 4",
+        "*=KEEP",
+        "*=4.0",
+        "*=-4",
+        "*=8:",
+        "*=8:x",
+        "*=8:-32",
+        "*=keep:32",
+    ],
 )
 def test_a_change_that_cannot_be_read_is_named(change: str) -> None:
     with refused(RecipeError, repr(change), "PATTERN=4"):
@@ -79,9 +115,11 @@ def test_bits_and_groups_that_no_kernel_has_are_refused(bits: int, group: int, w
         Recipe.of(bits, group, [], [])
 
 
-def test_a_rule_of_impossible_bits_is_refused() -> None:
+def test_a_rule_of_impossible_bits_or_groups_is_refused() -> None:
     with refused(RecipeError, "5 bits"):
         Recipe(rules=(("*", 5),))
+    with refused(RecipeError, "group 48"):
+        Recipe(rules=(("*", 8, 48),))
 
 
 def test_a_scheme_says_what_a_weight_costs() -> None:

@@ -257,7 +257,6 @@ def test_a_pattern_that_fits_no_module_is_named_with_advice(
     [
         ("*norm*", "model.layers.0.input_layernorm"),
         ("model.norm", "model.norm"),
-        ("*.embed_tokens", "model.embed_tokens"),
         ("*.mlp.gate", "model.layers.1.mlp.gate"),
         ("lm_head", "lm_head"),
     ],

@@ -215,6 +215,14 @@ inline void attend(const AttendCall& call) {
 
 // ---------------------------------------------------------------- the indexer
 
+// sum_h weight[h] relu(product[h]) over 16 V heads.
+template <int V>
+GLM5_INLINE inline float weigh_heads(const F32x16 (&products)[V], const float* weights) {
+  F32x16 sum = zero16();
+  each<V>([&](auto v) GLM5_INLINE { sum = fma(max16(products[v], zero16()), load16(weights + 16 * v), sum); });
+  return sum16(sum);
+}
+
 // scores[s] = sum_h weight[h] relu(q[h] . key[s]); heads run along the lanes.
 template <int V>  // heads / 16
 void index_scores(const float* turned, const float* weights, const float* keys, int count, int width, float* scores) {
@@ -235,10 +243,7 @@ void index_scores(const float* turned, const float* weights, const float* keys, 
       });
     }
     each<kTogether>([&](auto i) GLM5_INLINE {
-      if (s + i >= count) return;
-      F32x16 sum = zero16();
-      each<V>([&](auto v) GLM5_INLINE { sum = fma(max16(acc[i][v], zero16()), load16(weights + 16 * v), sum); });
-      scores[s + i] = sum16(sum);
+      if (s + i < count) scores[s + i] = weigh_heads(acc[i], weights);
     });
   }
 }
@@ -278,46 +283,67 @@ inline int select_slots(const float* scores, int count, int topk, int32_t* slots
   return n;
 }
 
-inline void select(const SelectCall& call) {
+// Index scores in fp32: queries as [width][lanes], heads along the lanes; keys widened 64 at a time.
+struct FloatScores {
+  using Word = float;
+  static size_t words(int width) { return static_cast<size_t>(width); }
+  static void turn(const float* query, int width, float* to, size_t lanes) {
+    for (int d = 0; d < width; d++) to[static_cast<size_t>(d) * lanes] = query[d];
+  }
+  template <int V>
+  static void band(const SelectCall& call, const float* turned, const float* weights, const char* keys, int count, float* scores) {
+    static thread_local std::vector<float> buffer;
+    float* wide = scratch(buffer, static_cast<size_t>(64) * call.width);
+    for (int s = 0; s < count; s += 64) {
+      const int here = std::min(64, count - s);
+      widen(keys + static_cast<size_t>(s) * call.width * (call.bf16_cache ? 2 : 4), call.bf16_cache, wide, here * call.width);
+      index_scores<V>(turned, weights, wide, here, call.width, scores + s);
+    }
+  }
+};
+
+template <class Scores>
+void select_by(const SelectCall& call) {
   const int vectors = call.heads <= 16 ? 1 : call.heads <= 32 ? 2 : 4;
   const size_t lanes = static_cast<size_t>(vectors) * 16;  // heads that are not there have no weight
   constexpr int kBand = 1024;
-  static thread_local std::vector<float> score_store, turned_store, weight_store;
+  static thread_local std::vector<float> score_store, weight_store;
+  static thread_local std::vector<typename Scores::Word> turned_store;
+  const size_t size = Scores::words(call.width) * lanes;
   float* scores = scratch(score_store, static_cast<size_t>(call.count) * call.keys);
-  float* turned = scratch(turned_store, static_cast<size_t>(call.count) * call.width * lanes);
+  auto* turned = scratch(turned_store, static_cast<size_t>(call.count) * size);
   float* weighed = scratch(weight_store, static_cast<size_t>(call.count) * lanes);
   if (lanes != static_cast<size_t>(call.heads)) {
-    std::memset(turned, 0, 4 * static_cast<size_t>(call.count) * call.width * lanes);
+    std::memset(turned, 0, 4 * static_cast<size_t>(call.count) * size);
     std::memset(weighed, 0, 4 * static_cast<size_t>(call.count) * lanes);
   }
-  for (int t = 0; t < call.count; t++) {
+  parallel(call.count, [&](int t) {
     std::memcpy(weighed + static_cast<size_t>(t) * lanes, call.weights + static_cast<size_t>(t) * call.heads, 4 * static_cast<size_t>(call.heads));
     for (int h = 0; h < call.heads; h++) {
       float one[256];
       const size_t at = (static_cast<size_t>(t) * call.heads + h) * call.width;
       widen(static_cast<const char*>(call.q) + at * (call.bf16 ? 2 : 4), call.bf16, one, call.width);
       rotate_pairs(one, call.turns + static_cast<size_t>(t) * call.rotary, call.rotary / 2);
-      for (int d = 0; d < call.width; d++) turned[(static_cast<size_t>(t) * call.width + d) * lanes + h] = one[d];
+      Scores::turn(one, call.width, turned + static_cast<size_t>(t) * size + h, lanes);
     }
-  }
+  });
   const int bands = (call.keys + kBand - 1) / kBand;
   parallel(bands * call.count, [&](int item) {
     const int t = item / bands, first = item % bands * kBand, count = std::min(kBand, call.keys - first);
-    static thread_local std::vector<float> buffer;
-    float* keys = scratch(buffer, static_cast<size_t>(64) * call.width);
     float* mine = scores + static_cast<size_t>(t) * call.keys + first;
-    const char* from = static_cast<const char*>(call.cache) + call.cache_rows[t] * call.cache_row_bytes;
-    for (int s = 0; s < count; s += 64) {
-      const int here = std::min(64, count - s);
-      widen(from + static_cast<size_t>(first + s) * call.width * (call.bf16_cache ? 2 : 4), call.bf16_cache, keys, here * call.width);
-      const float* q = turned + static_cast<size_t>(t) * call.width * lanes;
-      const float* weights = weighed + static_cast<size_t>(t) * lanes;
-      if (vectors == 2) index_scores<2>(q, weights, keys, here, call.width, mine + s);
-      else if (vectors == 4) index_scores<4>(q, weights, keys, here, call.width, mine + s);
-      else index_scores<1>(q, weights, keys, here, call.width, mine + s);
+    const uint8_t* visible = call.visible ? call.visible + static_cast<size_t>(t) * call.keys + first : nullptr;
+    if (visible && !std::memchr(visible, 1, static_cast<size_t>(count))) {
+      std::fill_n(mine, count, -INFINITY);
+      return;
     }
-    if (call.visible) {
-      const uint8_t* visible = call.visible + static_cast<size_t>(t) * call.keys + first;
+    const char* keys = static_cast<const char*>(call.cache) + call.cache_rows[t] * call.cache_row_bytes +
+                       static_cast<size_t>(first) * call.width * (call.bf16_cache ? 2 : 4);
+    const auto* queries = turned + static_cast<size_t>(t) * size;
+    const float* weights = weighed + static_cast<size_t>(t) * lanes;
+    if (vectors == 2) Scores::template band<2>(call, queries, weights, keys, count, mine);
+    else if (vectors == 4) Scores::template band<4>(call, queries, weights, keys, count, mine);
+    else Scores::template band<1>(call, queries, weights, keys, count, mine);
+    if (visible) {
       for (int s = 0; s < count; s++) if (!visible[s]) mine[s] = -INFINITY;
     }
   });
@@ -325,6 +351,8 @@ inline void select(const SelectCall& call) {
     call.counts[t] = select_slots(scores + static_cast<size_t>(t) * call.keys, call.keys, call.topk, call.slots + static_cast<size_t>(t) * call.topk);
   });
 }
+
+inline void select(const SelectCall& call) { select_by<FloatScores>(call); }
 
 }  // namespace GLM5_ISA
 }  // namespace glm5

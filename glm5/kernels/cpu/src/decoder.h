@@ -110,7 +110,7 @@ inline void decode_layer(const LayerCall& call) {
     choice.keys = call.keys, choice.topk = layer.topk, choice.cache_rows = row_store.data();
     choice.visible = whole_mask(call, mask_store);
     choice.slots = call.chosen_slots, choice.counts = call.chosen_counts;
-    select(choice);
+    table().select(choice);
     attention.slots = call.chosen_slots, attention.counts = call.chosen_counts, attention.max_slots = layer.topk;
   } else if (call.slots) {
     attention.slots = call.slots, attention.counts = call.counts, attention.max_slots = call.max_slots;

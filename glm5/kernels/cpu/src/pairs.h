@@ -262,5 +262,46 @@ inline void attend_heads_by_pairs(const AttendCall& call, int t, int heads, cons
   }
 }
 
+// ---------------------------------------------------------------- the indexer
+
+// Index scores of keys in bf16 as they lie; the rotated query is rounded to bf16, as its model would have it.
+struct PairScores {
+  using Word = uint32_t;
+  static size_t words(int width) { return static_cast<size_t>(width) / 2; }
+  static void turn(const float* query, int width, uint32_t* to, size_t lanes) {
+    for (int d = 0; d < width; d += 2)
+      to[static_cast<size_t>(d / 2) * lanes] = float_to_bf16(query[d]) | static_cast<uint32_t>(float_to_bf16(query[d + 1])) << 16;
+  }
+  template <int V>
+  static void band(const SelectCall& call, const uint32_t* turned, const float* weights, const char* keys, int count, float* scores) {
+    constexpr int kTogether = V == 2 ? kScoredKeys : kScoredKeys / 2;
+    const int words = call.width / 2;
+    for (int s = 0; s < count; s += kTogether) {
+      F32x16 acc[kTogether][V];
+      const char* key[kTogether];
+      each<kTogether>([&](auto i) GLM5_INLINE {
+        key[i] = keys + static_cast<size_t>(std::min<int>(s + i, count - 1)) * call.width * 2;
+        each<V>([&](auto v) GLM5_INLINE { acc[i][v] = zero16(); });
+      });
+      for (int w = 0; w < words; w++) {
+        Bytes64 q[V];
+        each<V>([&](auto v) GLM5_INLINE { q[v] = load64(turned + (static_cast<size_t>(w) * V + v) * 16); });
+        each<kTogether>([&](auto i) GLM5_INLINE {
+          const Bytes64 pair = repeat4(key[i] + 4 * w);
+          each<V>([&](auto v) GLM5_INLINE { acc[i][v] = dot_pairs(acc[i][v], q[v], pair); });
+        });
+      }
+      each<kTogether>([&](auto i) GLM5_INLINE {
+        if (s + i < count) scores[s + i] = weigh_heads(acc[i], weights);
+      });
+    }
+  }
+};
+
+inline void select_by_pairs(const SelectCall& call) {
+  if (!call.bf16_cache) return avx512::functions.select(call);
+  select_by<PairScores>(call);
+}
+
 }  // namespace GLM5_ISA
 }  // namespace glm5

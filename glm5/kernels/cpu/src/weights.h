@@ -57,21 +57,22 @@ struct QuantisedRows {
   int chunk() const { return layout == Codes::int4 ? 128 : 64; }
   int chunks() const { return (cols + chunk() - 1) / chunk(); }
   int blocks() const { return cols / block; }
-  size_t row_bytes() const { return static_cast<size_t>(chunks()) * chunk(); }
+  // An odd number of cache lines: rows a power of two apart would fall on the same few places of the first cache.
+  size_t stride() const { return static_cast<size_t>(chunks()) * chunk() | 64; }
 
-  std::vector<int8_t> codes;     // [count, row_bytes]
+  std::vector<int8_t> codes;     // [count, stride]
   std::vector<float> scales;     // [count, blocks]
   std::vector<int32_t> offsets;  // [count, blocks]: -zero_point * sum of the block
 
   void shape(int rows, int width, int columns_a_block, Codes for_weights) {
     count = rows, cols = width, block = columns_a_block, layout = for_weights;
     size_t n = static_cast<size_t>(rows);
-    codes.resize(n * row_bytes());
+    codes.resize(n * stride());
     scales.resize(n * static_cast<size_t>(blocks()) + 32);
     offsets.resize(n * static_cast<size_t>(blocks()) + 32);
   }
-  const int8_t* row(int r) const { return codes.data() + static_cast<size_t>(r) * row_bytes(); }
-  int8_t* row(int r) { return codes.data() + static_cast<size_t>(r) * row_bytes(); }
+  const int8_t* row(int r) const { return codes.data() + static_cast<size_t>(r) * stride(); }
+  int8_t* row(int r) { return codes.data() + static_cast<size_t>(r) * stride(); }
   const float* scale(int r) const { return scales.data() + static_cast<size_t>(r) * blocks(); }
   float* scale(int r) { return scales.data() + static_cast<size_t>(r) * blocks(); }
   const int32_t* offset(int r) const { return offsets.data() + static_cast<size_t>(r) * blocks(); }
