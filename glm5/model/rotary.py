@@ -6,6 +6,7 @@ once. (transformers writes the pairs de-interleaved; dot products are the same, 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -28,10 +29,18 @@ class Rotation(NamedTuple):
 
 def rotation(positions_BT: Tensor, rotary_dim: int, theta: float) -> Rotation:
     """Angles pos * theta^(-2j / rotary_dim), j = 0 .. rotary_dim/2 - 1 (RoFormer, section 3.2.2)."""
-    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions_BT.device)
-    inverse_frequency = 1.0 / (theta ** (exponent / rotary_dim))
-    angles = positions_BT.to(torch.float32).unsqueeze(-1) * inverse_frequency
+    angles = positions_BT.to(torch.float32).unsqueeze(-1) * _frequencies(
+        rotary_dim, theta, positions_BT.device
+    )
     return Rotation(torch.polar(torch.ones_like(angles), angles))
+
+
+@lru_cache(maxsize=16)
+def _frequencies(rotary_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Kept: after a token's weights have gone through the caches each small operation takes 25 us."""
+    with torch.inference_mode(False):
+        exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
+        return 1.0 / (theta ** (exponent / rotary_dim))
 
 
 def rotate(x: Tensor, angles: Rotation, *, interleaved: bool) -> Tensor:

@@ -18,6 +18,15 @@ constexpr int kMixVectors = 4, kScoredKeys = 8;
 constexpr int kMixVectors = 1, kScoredKeys = 2;
 #endif
 
+// How words are multiplied, one of the left with sixteen of the right: here floats.
+struct Floats {
+  using Word = float;
+  using Words = F32x16;
+  static Words load(const float* p) { return load16(p); }
+  static Words spread(const float* p) { return set16(*p); }
+  static F32x16 add(F32x16 acc, Words left, Words right) { return fma(left, right, acc); }
+};
+
 // Interleaved rotation of x[2j], x[2j+1] by cos[j], sin[j].
 inline void rotate_pairs(float* x, const float* turns, int pairs) {
   for (int j = 0; j < pairs; j++) {
@@ -224,22 +233,22 @@ GLM5_INLINE inline float weigh_heads(const F32x16 (&products)[V], const float* w
 }
 
 // scores[s] = sum_h weight[h] relu(q[h] . key[s]); heads run along the lanes.
-template <int V>  // heads / 16
-void index_scores(const float* turned, const float* weights, const float* keys, int count, int width, float* scores) {
+template <class Kind, int V>  // V = heads / 16
+void index_scores(const typename Kind::Word* turned, const float* weights, const typename Kind::Word* keys, int count, int words, float* scores) {
   constexpr int kTogether = V == 2 ? kScoredKeys : kScoredKeys / 2;
   for (int s = 0; s < count; s += kTogether) {
     F32x16 acc[kTogether][V];
-    const float* key[kTogether];
+    const typename Kind::Word* key[kTogether];
     each<kTogether>([&](auto i) GLM5_INLINE {
-      key[i] = keys + static_cast<size_t>(std::min<int>(s + i, count - 1)) * width;
+      key[i] = keys + static_cast<size_t>(std::min<int>(s + i, count - 1)) * words;
       each<V>([&](auto v) GLM5_INLINE { acc[i][v] = zero16(); });
     });
-    for (int d = 0; d < width; d++) {
-      F32x16 q[V];
-      each<V>([&](auto v) GLM5_INLINE { q[v] = load16(turned + (static_cast<size_t>(d) * V + v) * 16); });
+    for (int w = 0; w < words; w++) {
+      typename Kind::Words q[V];
+      each<V>([&](auto v) GLM5_INLINE { q[v] = Kind::load(turned + (static_cast<size_t>(w) * V + v) * 16); });
       each<kTogether>([&](auto i) GLM5_INLINE {
-        const F32x16 value = set16(key[i][d]);
-        each<V>([&](auto v) GLM5_INLINE { acc[i][v] = fma(value, q[v], acc[i][v]); });
+        const typename Kind::Words value = Kind::spread(key[i] + w);
+        each<V>([&](auto v) GLM5_INLINE { acc[i][v] = Kind::add(acc[i][v], value, q[v]); });
       });
     }
     each<kTogether>([&](auto i) GLM5_INLINE {
@@ -297,7 +306,7 @@ struct FloatScores {
     for (int s = 0; s < count; s += 64) {
       const int here = std::min(64, count - s);
       widen(keys + static_cast<size_t>(s) * call.width * (call.bf16_cache ? 2 : 4), call.bf16_cache, wide, here * call.width);
-      index_scores<V>(turned, weights, wide, here, call.width, scores + s);
+      index_scores<Floats, V>(turned, weights, wide, here, call.width, scores + s);
     }
   }
 };

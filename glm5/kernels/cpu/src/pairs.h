@@ -14,35 +14,13 @@ namespace GLM5_ISA {
 
 constexpr int kPairSlots = 32;  // cached rows in a block
 
-// out[q][lane] = sum_d left[q][d] . right[d][lane] (+ out * keep[q]), of pairs.
-template <int Q, int V>
-GLM5_INLINE inline void pair_tile(const uint32_t* left, size_t left_stride, int depth, const uint32_t* right, size_t right_stride,
-                                  const float* keep, float* out, size_t out_stride) {
-  F32x16 acc[Q][V];
-  each<Q>([&](auto q) GLM5_INLINE {
-    each<V>([&](auto v) GLM5_INLINE { acc[q][v] = keep ? load16(out + q * out_stride + 16 * v) * set16(keep[q]) : zero16(); });
-  });
-  for (int d = 0; d < depth; d++) {
-    Bytes64 line[V];
-    each<V>([&](auto v) GLM5_INLINE { line[v] = load64(right + static_cast<size_t>(d) * right_stride + 16 * v); });
-    each<Q>([&](auto q) GLM5_INLINE {
-      const Bytes64 value = repeat4(left + q * left_stride + static_cast<size_t>(d));
-      each<V>([&](auto v) GLM5_INLINE { acc[q][v] = dot_pairs(acc[q][v], line[v], value); });
-    });
-  }
-  each<Q>([&](auto q) GLM5_INLINE { each<V>([&](auto v) GLM5_INLINE { store16(out + q * out_stride + 16 * v, acc[q][v]); }); });
-}
-
-template <int Q>
-void pair_rows(int wanted, const uint32_t* left, size_t left_stride, int depth, const uint32_t* right, size_t right_stride, int columns,
-               const float* keep, float* out, size_t out_stride) {
-  if constexpr (Q > 1) {
-    if (wanted < Q) return pair_rows<Q - 1>(wanted, left, left_stride, depth, right, right_stride, columns, keep, out, out_stride);
-  }
-  int c = 0;
-  for (; c + 64 <= columns; c += 64) pair_tile<Q, 4>(left, left_stride, depth, right + c, right_stride, keep, out + c, out_stride);
-  for (; c < columns; c += 16) pair_tile<Q, 1>(left, left_stride, depth, right + c, right_stride, keep, out + c, out_stride);
-}
+struct Pairs {
+  using Word = uint32_t;
+  using Words = Bytes64;
+  static Words load(const void* p) { return load64(p); }
+  static Words spread(const void* p) { return repeat4(p); }
+  static F32x16 add(F32x16 acc, Words left, Words right) { return dot_pairs(acc, left, right); }
+};
 
 // The scores of 16 V slots become weights of a running softmax, in bf16. Returns what the sum before is worth now.
 template <int V>
@@ -135,14 +113,14 @@ inline void prompt_pairs(const PromptCall& call, const PromptItem& item) {
     for (int i0 = 0; i0 < n; i0 += kQueryTile) {
       const int tile = std::min(kQueryTile, n - i0);
       if (call.causal && s0 > before + item.first + i0 + tile - 1) continue;
-      pair_rows<kQueryTile>(tile, q + static_cast<size_t>(i0) * words, static_cast<size_t>(words), words, keys, kKeys, kKeys, nullptr, scores, kKeys);
+      product_rows<Pairs, kQueryTile>(tile, q + static_cast<size_t>(i0) * words, static_cast<size_t>(words), words, keys, kKeys, kKeys, nullptr, scores, kKeys);
       for (int i = 0; i < tile; i++) {
         const int last = call.causal ? std::clamp(before + item.first + i0 + i + 1 - s0, 0, here) : here;
         uint64_t seen = last == 64 ? ~0ull : (1ull << last) - 1;
         if (visible) seen &= nonzero_bytes(visible + static_cast<size_t>(i0 + i) * call.keys + s0, here);
         keep[i] = fold_pairs<kKeys / 16>(scores + i * kKeys, call.scale, seen, reinterpret_cast<uint16_t*>(weights + i * kKeys / 2), top[i0 + i], total[i0 + i]);
       }
-      pair_rows<kQueryTile>(tile, weights, kKeys / 2, kKeys / 2, values, static_cast<size_t>(value), value, keep, mixed + static_cast<size_t>(i0) * value, static_cast<size_t>(value));
+      product_rows<Pairs, kQueryTile>(tile, weights, kKeys / 2, kKeys / 2, values, static_cast<size_t>(value), value, keep, mixed + static_cast<size_t>(i0) * value, static_cast<size_t>(value));
     }
   }
   for (int i = 0; i < n; i++) {
@@ -274,27 +252,7 @@ struct PairScores {
   }
   template <int V>
   static void band(const SelectCall& call, const uint32_t* turned, const float* weights, const char* keys, int count, float* scores) {
-    constexpr int kTogether = V == 2 ? kScoredKeys : kScoredKeys / 2;
-    const int words = call.width / 2;
-    for (int s = 0; s < count; s += kTogether) {
-      F32x16 acc[kTogether][V];
-      const char* key[kTogether];
-      each<kTogether>([&](auto i) GLM5_INLINE {
-        key[i] = keys + static_cast<size_t>(std::min<int>(s + i, count - 1)) * call.width * 2;
-        each<V>([&](auto v) GLM5_INLINE { acc[i][v] = zero16(); });
-      });
-      for (int w = 0; w < words; w++) {
-        Bytes64 q[V];
-        each<V>([&](auto v) GLM5_INLINE { q[v] = load64(turned + (static_cast<size_t>(w) * V + v) * 16); });
-        each<kTogether>([&](auto i) GLM5_INLINE {
-          const Bytes64 pair = repeat4(key[i] + 4 * w);
-          each<V>([&](auto v) GLM5_INLINE { acc[i][v] = dot_pairs(acc[i][v], q[v], pair); });
-        });
-      }
-      each<kTogether>([&](auto i) GLM5_INLINE {
-        if (s + i < count) scores[s + i] = weigh_heads(acc[i], weights);
-      });
-    }
+    index_scores<Pairs, V>(turned, weights, reinterpret_cast<const uint32_t*>(keys), count, call.width / 2, scores);
   }
 };
 

@@ -5,7 +5,7 @@
 // online. A query's result depends on nothing but itself and its keys, in slot order.
 #pragma once
 
-#include "layers.h"
+#include "attention.h"
 
 namespace glm5 {
 namespace GLM5_ISA {
@@ -24,38 +24,34 @@ inline void widen_from(const void* base, size_t at, bool is_bf16, float* out, in
 }
 
 // out[q][k] = sum_d left[q][d] * right[d][k] (+ out * keep[q]) for tiles of queries and of lanes.
-template <int Q, int V>
-GLM5_INLINE inline void product_tile(const float* left, size_t left_stride, int depth, const float* right, size_t right_stride,
-                                     const float* keep, float* out, size_t out_stride) {
+template <class Kind, int Q, int V>
+GLM5_INLINE inline void product_tile(const typename Kind::Word* left, size_t left_stride, int depth, const typename Kind::Word* right,
+                                     size_t right_stride, const float* keep, float* out, size_t out_stride) {
   F32x16 acc[Q][V];
   each<Q>([&](auto q) GLM5_INLINE {
     each<V>([&](auto v) GLM5_INLINE { acc[q][v] = keep ? load16(out + q * out_stride + 16 * v) * set16(keep[q]) : zero16(); });
   });
   for (int d = 0; d < depth; d++) {
-    F32x16 line[V];
-    each<V>([&](auto v) GLM5_INLINE { line[v] = load16(right + static_cast<size_t>(d) * right_stride + 16 * v); });
+    typename Kind::Words line[V];
+    each<V>([&](auto v) GLM5_INLINE { line[v] = Kind::load(right + static_cast<size_t>(d) * right_stride + 16 * v); });
     each<Q>([&](auto q) GLM5_INLINE {
-      const F32x16 value = set16(left[q * left_stride + static_cast<size_t>(d)]);
-      each<V>([&](auto v) GLM5_INLINE { acc[q][v] = fma(value, line[v], acc[q][v]); });
+      const typename Kind::Words value = Kind::spread(left + q * left_stride + static_cast<size_t>(d));
+      each<V>([&](auto v) GLM5_INLINE { acc[q][v] = Kind::add(acc[q][v], value, line[v]); });
     });
   }
   each<Q>([&](auto q) GLM5_INLINE { each<V>([&](auto v) GLM5_INLINE { store16(out + q * out_stride + 16 * v, acc[q][v]); }); });
 }
 
-template <int Q>
-void product_columns(const float* left, size_t left_stride, int depth, const float* right, size_t right_stride, int columns,
-                     const float* keep, float* out, size_t out_stride) {
+template <class Kind, int Q>
+void product_rows(int wanted, const typename Kind::Word* left, size_t left_stride, int depth, const typename Kind::Word* right,
+                  size_t right_stride, int columns, const float* keep, float* out, size_t out_stride) {
+  if constexpr (Q > 1) {
+    if (wanted < Q) return product_rows<Kind, Q - 1>(wanted, left, left_stride, depth, right, right_stride, columns, keep, out, out_stride);
+  }
   int c = 0;
   for (; c + 16 * kKeyVectors <= columns; c += 16 * kKeyVectors)
-    product_tile<Q, kKeyVectors>(left, left_stride, depth, right + c, right_stride, keep, out + c, out_stride);
-  for (; c < columns; c += 16) product_tile<Q, 1>(left, left_stride, depth, right + c, right_stride, keep, out + c, out_stride);
-}
-
-template <int Q>
-void product_rows(int wanted, const float* left, size_t left_stride, int depth, const float* right, size_t right_stride, int columns,
-                  const float* keep, float* out, size_t out_stride) {
-  if (wanted == Q) return product_columns<Q>(left, left_stride, depth, right, right_stride, columns, keep, out, out_stride);
-  if constexpr (Q > 1) product_rows<Q - 1>(wanted, left, left_stride, depth, right, right_stride, columns, keep, out, out_stride);
+    product_tile<Kind, Q, kKeyVectors>(left, left_stride, depth, right + c, right_stride, keep, out + c, out_stride);
+  for (; c < columns; c += 16) product_tile<Kind, Q, 1>(left, left_stride, depth, right + c, right_stride, keep, out + c, out_stride);
 }
 
 struct PromptItem {
@@ -138,7 +134,7 @@ inline void prompt_band(const PromptCall& call, const PromptItem& item) {
     for (int i0 = 0; i0 < n; i0 += kQueryTile) {
       const int tile = std::min(kQueryTile, n - i0);
       if (call.causal && s0 > before + item.first + i0 + tile - 1) continue;
-      product_rows<kQueryTile>(tile, q + static_cast<size_t>(i0) * depth, static_cast<size_t>(depth), depth, keys, kKeys, kKeys, nullptr, scores, kKeys);
+      product_rows<Floats, kQueryTile>(tile, q + static_cast<size_t>(i0) * depth, static_cast<size_t>(depth), depth, keys, kKeys, kKeys, nullptr, scores, kKeys);
       for (int i = 0; i < tile; i++) {
         float* mine = scores + i * kKeys;
         const int last = call.causal ? std::min(here, before + item.first + i0 + i + 1 - s0) : here;
@@ -149,7 +145,7 @@ inline void prompt_band(const PromptCall& call, const PromptItem& item) {
         }
         fold_scores(mine, top[i0 + i], total[i0 + i], keep[i]);
       }
-      product_rows<kQueryTile>(tile, scores, kKeys, kKeys, values, static_cast<size_t>(value), value, keep, mixed + static_cast<size_t>(i0) * value, static_cast<size_t>(value));
+      product_rows<Floats, kQueryTile>(tile, scores, kKeys, kKeys, values, static_cast<size_t>(value), value, keep, mixed + static_cast<size_t>(i0) * value, static_cast<size_t>(value));
     }
   }
   for (int i = 0; i < n; i++) {
