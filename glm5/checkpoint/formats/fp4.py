@@ -17,6 +17,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 E2M1_MAX = 6.0
 NVFP4_GROUP = 16
 MX_GROUP = 32
+EXPONENTS = ("U8", "F8_E8M0")  # the dtypes that scales of powers of two are stored in
 # The two values of each byte, fp32 [256, 2].
 _PAIRS = torch.tensor([[E2M1[byte & 15], E2M1[byte >> 4]] for byte in range(256)])
 
@@ -27,7 +28,8 @@ def e2m1(packed: Tensor) -> Tensor:
 
 
 def e8m0(exponents: Tensor) -> Tensor:
-    """uint8 to fp32 powers of two; 255 becomes infinite."""
+    """uint8 (or torch's own type for these) to fp32 powers of two; 255 becomes infinite."""
+    exponents = exponents.view(torch.uint8)
     # As the bits of an fp32: the byte is its exponent, but for 0, which is the subnormal 2^-127.
     bits = torch.where(exponents == 0, 1 << 22, exponents.int() << 23)
     return bits.to(torch.int32).view(torch.float32)
@@ -64,7 +66,7 @@ def mxfp4(stored: Stored, packed: str, scales: str) -> Weight:
     else:
         rows, pairs = stored.matrix(packed, "U8")
         shape = (rows, 2 * pairs)
-    stored.check(scales, ("U8",), grid_shape(shape, (1, MX_GROUP)))
+    stored.check(scales, EXPONENTS, grid_shape(shape, (1, MX_GROUP)))
 
     def read(first: int, last: int) -> Tensor:
         grid = Grid(stored.finite(scales, e8m0(stored.read(scales)), E2M1_MAX), (1, MX_GROUP))

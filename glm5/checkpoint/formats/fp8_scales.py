@@ -8,7 +8,7 @@ from torch import Tensor
 
 from glm5.checkpoint.formats.decoding import Grid, decode, grid_shape
 from glm5.checkpoint.formats.format import Weight
-from glm5.checkpoint.formats.fp4 import MX_GROUP, e8m0
+from glm5.checkpoint.formats.fp4 import EXPONENTS, MX_GROUP, e8m0
 from glm5.checkpoint.formats.stored import FLOATS, Stored
 from glm5.checkpoint.fp8 import FP8_MAX
 
@@ -27,7 +27,7 @@ def scaled_fp8(
 def mxfp8(stored: Stored) -> Weight:
     """Groups of 32 with e8m0 scales."""
     shape = stored.matrix("weight", "F8_E4M3")
-    stored.check(SCALE, ("U8",), grid_shape(shape, (1, MX_GROUP)))
+    stored.check(SCALE, EXPONENTS, grid_shape(shape, (1, MX_GROUP)))
     return _weight(stored, shape, (1, MX_GROUP), lambda: e8m0(stored.read(SCALE)))
 
 

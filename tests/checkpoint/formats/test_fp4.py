@@ -124,6 +124,8 @@ def test_mxfp4_is_that_of_transformers(rows: int, groups: int, seed: int) -> Non
     assert torch.equal(read_back(format, {"weight_blocks": blocks, "weight_scales": scales}), wanted)
     flat = {"weight": blocks.flatten(1), "weight_scale": scales}
     assert torch.equal(read_back(format, flat), wanted)
+    exponents = {"weight": blocks.flatten(1), "weight_scale": scales.view(torch.float8_e8m0fnu)}
+    assert torch.equal(read_back(format, exponents), wanted)
     assert torch.equal(read_back(form(**QUARK), flat), wanted)
 
 
