@@ -79,6 +79,8 @@ class RandomSource:
     def bands(self, name: str) -> Iterator[Tensor]:
         yield self.read(name)
 
+    rows = bands
+
     def identity(self) -> list[object]:
         return ["random"]
 

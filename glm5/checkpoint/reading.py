@@ -47,7 +47,7 @@ _READ_AS_STORED = (torch.float32, torch.float16, torch.bfloat16)
 MAX_PARAMETERS = 1 << 48
 MAX_BLOCK = 1 << 16
 # Some copy while others wait for the disk.
-READERS = 4
+READERS = 8
 Progress = Callable[[int, int], None]
 M = TypeVar("M", bound=GlmForCausalLM)
 
