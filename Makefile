@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?=
 
-.PHONY: chat test check lint types sanitize setup setup-dev clean
+.PHONY: chat test check lint types sanitize neon setup setup-dev clean
 
 chat: setup
 	@$(BIN)/glm5 chat $(if $(MODEL),--model $(MODEL))
@@ -31,6 +31,15 @@ sanitize: setup-dev
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 GLM5_NATIVE_MODULE=$$(ls $(SANITIZED)/_cpu*.so) \
 	  $(BIN)/python -m pytest tests/kernels/test_odd_shapes.py
+
+# The NEON kernels, cross-compiled and run in an emulator (Debian: g++-aarch64-linux-gnu, qemu-user-static).
+CROSS := aarch64-linux-gnu-g++ -std=c++17 -O1 -ffp-contract=off -Wall -Wextra -Werror -Wno-psabi -DGLM5_NEON -Iglm5/kernels/cpu/src
+neon:
+	@mkdir -p build/neon
+	@for part in isa_portable dispatch threads; do $(CROSS) -c glm5/kernels/cpu/src/$$part.cpp -o build/neon/$$part.o || exit 1; done
+	@$(CROSS) -march=armv8.2-a+dotprod+fp16 -c glm5/kernels/cpu/src/isa_neon.cpp -o build/neon/isa_neon.o
+	@$(CROSS) -static tests/kernels/cross/neon_check.cpp build/neon/*.o -o build/neon/check -lpthread
+	qemu-aarch64-static build/neon/check
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
