@@ -52,6 +52,7 @@ Progress = Callable[[int, int], None]
 M = TypeVar("M", bound=GlmForCausalLM)
 
 
+@torch.inference_mode(False)  # other threads, which do not inherit the mode, could not fill its tensors
 def load_model(
     directory: Path,
     *,

@@ -98,6 +98,16 @@ def borrow(tensors: Tensors) -> None:
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = copy[0]
 
 
+@pytest.mark.parametrize("stored_as", ["fp8", "fp32"])
+def test_a_model_may_be_loaded_in_inference_mode(tmp_path: Path, stored_as: str) -> None:
+    save_model(tiny_model(tiny_config()), tmp_path / "model", stored=stored_as)
+    with torch.inference_mode():
+        found = load_model(tmp_path / "model", dtype=torch.bfloat16)
+    wanted = load_model(tmp_path / "model", dtype=torch.bfloat16)
+    assert_same_bits(found.state_dict(), wanted.state_dict())
+    found(random_ids(1, 4)).logits.sum().backward()  # and trained all the same
+
+
 def test_fused_experts_and_borrowed_tensors_are_accepted(stored: Any, copy_of: Any) -> None:
     wanted = weights(load_model(stored["bf16"]))
     for change in (fuse_experts, borrow):
