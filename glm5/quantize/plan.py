@@ -69,7 +69,8 @@ def plan(source: WeightSource, recipe: Recipe) -> list[Item]:
         scheme = recipe.scheme_of(module) if expert or module in linear else None
         if scheme is not None and shape[1] % scheme.group:
             fitting = next((group for group in (128, 64, 32) if shape[1] % group == 0), None)
-            advice = f"use --group {fitting}" if fitting else f"leave it out: --keep '{module}'"
+            option = "--group " if scheme.group == recipe.group else "a pattern that ends in :"
+            advice = f"use {option}{fitting}" if fitting else f"leave it out: --keep '{module}'"
             raise CheckpointError(
                 f"{source.path}: {piece.name} is {shape[1]} wide, no whole groups of {scheme.group}; {advice}"
             )

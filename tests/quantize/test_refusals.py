@@ -273,6 +273,14 @@ def test_a_pattern_that_fits_only_what_is_never_quantised_says_so(
     assert not (tmp_path / "int4").exists()
 
 
+def test_a_group_of_a_pattern_that_fills_no_width_is_told_with_the_pattern(
+    tmp_path: Path, source: Path
+) -> None:
+    with refused(CheckpointError, "model.embed_tokens.weight", "64 wide", "a pattern that ends in :64"):
+        quantise(source, tmp_path / "int4", Recipe(4, 32, (("*.embed_tokens", 8, 96),)))
+    assert not (tmp_path / "int4").exists()
+
+
 def test_a_mistyped_pattern_counts_before_the_group_that_it_was_to_keep(tmp_path: Path) -> None:
     save_source(tmp_path / "source", small_config(q_lora_rank=48))
     with refused(RecipeError, "'*.q_b_porj'", "did you mean '*.q_b_proj'"):
