@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <utility>
 
 #include "plan.h"
 #include "threads.h"
@@ -14,7 +15,7 @@ using namespace glm5;
 namespace {
 
 std::mt19937 random_bits(1);
-int failures = 0;
+int comparisons = 0, failures = 0;
 
 float normal() { return std::normal_distribution<float>()(random_bits); }
 std::vector<float> floats(size_t count, float scale = 1) {
@@ -77,16 +78,27 @@ std::vector<float> attend_by(const Table& table, const Weights& kv_b, const std:
   return out;
 }
 
-void compare(const char* what, int rows, int cols, int count, const std::vector<float>& found, const std::vector<float>& wanted, bool exact) {
+// `tolerance` of the size of what is wanted; 0 = the same bits.
+void compare(const char* what, int rows, int cols, int count, const std::vector<float>& found, const std::vector<float>& wanted, double tolerance) {
+  comparisons++;
   double difference = 0, size = 0;
   for (size_t i = 0; i < wanted.size(); i++) {
     difference += std::pow(static_cast<double>(found[i]) - wanted[i], 2);
     size += std::pow(static_cast<double>(wanted[i]), 2);
   }
   const bool same = std::memcmp(found.data(), wanted.data(), 4 * wanted.size()) == 0;
-  if (exact ? same : std::sqrt(difference) <= 1e-5 * std::sqrt(size)) return;
+  if (tolerance == 0 ? same : std::sqrt(difference) <= tolerance * std::sqrt(size)) return;
   std::printf("%s %dx%d, %d rows: differs by %.2g of %.2g\n", what, rows, cols, count, std::sqrt(difference), std::sqrt(size));
   failures++;
+}
+
+// What `call` gives with each set in use, NEON's first.
+template <class F>
+std::pair<std::vector<float>, std::vector<float>> by_both(F&& call) {
+  use_table("neon");
+  std::vector<float> found = call(table());
+  use_table("portable");
+  return {std::move(found), call(table())};
 }
 
 }  // namespace
@@ -94,22 +106,15 @@ void compare(const char* what, int rows, int cols, int count, const std::vector<
 int main() {
   set_threads(2);
   if (!use_table("neon")) return std::printf("no NEON dot product here\n"), 2;
-  const Table& neon = table();
-  use_table("portable");
-  const Table& portable = table();
-  int checks = 0;
-  for (const Codes codes : {Codes::int4, Codes::int8, Codes::bf16})
+  const std::pair<Codes, const char*> kinds[] = {{Codes::int4, "int4"}, {Codes::int8, "int8"}, {Codes::bf16, "bf16"}};
+  for (const auto& [codes, name] : kinds)
     for (const int cols : {32, 64, 160, 512, 1024, 1184})
       for (const int rows : {1, 17, 70})
         for (const int count : {1, 2, 3, 5, 13}) {
-          const int group = cols % 64 ? 32 : 64;
-          const Weights w = weights(codes, rows, cols, group);
+          const Weights w = weights(codes, rows, cols, cols % 64 ? 32 : 64);
           const std::vector<float> x = floats(static_cast<size_t>(count) * cols);
-          use_table("neon");
-          const auto found = linear_by(neon, w, x, count);
-          use_table("portable");
-          compare(codes == Codes::int4 ? "int4" : codes == Codes::int8 ? "int8" : "bf16", rows, cols, count, found, linear_by(portable, w, x, count), codes != Codes::bf16);
-          checks++;
+          const auto [found, wanted] = by_both([&](const Table& set) { return linear_by(set, w, x, count); });
+          compare(name, rows, cols, count, found, wanted, codes == Codes::bf16 ? 1e-5 : 0);
         }
   for (const int latent : {64, 512})
     for (const int slots : {5, 70}) {
@@ -118,16 +123,10 @@ int main() {
       const auto q = floats(static_cast<size_t>(count) * heads * 40), cache = floats(static_cast<size_t>(slots) * (latent + 16));
       std::vector<float> turns;
       for (int i = 0; i < count * 8; i++) turns.push_back(std::cos(0.1f * i)), turns.push_back(std::sin(0.1f * i));
-      use_table("neon");
-      const auto found = attend_by(neon, kv_b, q, turns, cache, count, heads, slots);
-      use_table("portable");
+      const auto [found, wanted] = by_both([&](const Table& set) { return attend_by(set, kv_b, q, turns, cache, count, heads, slots); });
       // W_UV meets activations rounded to int8: another last bit before may round another way.
-      const auto wanted = attend_by(portable, kv_b, q, turns, cache, count, heads, slots);
-      double difference = 0, size = 0;
-      for (size_t i = 0; i < wanted.size(); i++) difference += std::pow(found[i] - wanted[i], 2), size += std::pow(wanted[i], 2);
-      if (!(std::sqrt(difference) <= 1e-3 * std::sqrt(size))) std::printf("attention over %d slots differs\n", slots), failures++;
-      checks++;
+      compare("attention over slots", slots, latent, count, found, wanted, 1e-3);
     }
-  std::printf("%d comparisons, %d failed\n", checks, failures);
+  std::printf("%d comparisons, %d failed\n", comparisons, failures);
   return failures ? 1 : 0;
 }

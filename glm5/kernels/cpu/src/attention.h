@@ -22,6 +22,7 @@ constexpr int kMixVectors = 1, kScoredKeys = 2;
 struct Floats {
   using Word = float;
   using Words = F32x16;
+  static constexpr int kInWord = 1;
   static Words load(const float* p) { return load16(p); }
   static Words spread(const float* p) { return set16(*p); }
   static F32x16 add(F32x16 acc, Words left, Words right) { return fma(left, right, acc); }

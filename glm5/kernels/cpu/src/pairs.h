@@ -17,6 +17,7 @@ constexpr int kPairSlots = 32;  // cached rows in a block
 struct Pairs {
   using Word = uint32_t;
   using Words = Bytes64;
+  static constexpr int kInWord = 2;
   static Words load(const void* p) { return load64(p); }
   static Words spread(const void* p) { return repeat4(p); }
   static F32x16 add(F32x16 acc, Words left, Words right) { return dot_pairs(acc, left, right); }
@@ -56,13 +57,16 @@ inline void prompt_pairs(const PromptCall& call, const PromptItem& item) {
   static thread_local std::vector<float> float_store;
   static thread_local std::vector<uint32_t> word_store;
   const size_t rows = static_cast<size_t>(n);
-  float* mixed = scratch(float_store, rows * (static_cast<size_t>(value) + 2) + kQueryTile * (kKeys + 1));
-  float *top = mixed + rows * value, *total = top + rows, *scores = total + rows, *keep = scores + kQueryTile * kKeys;
-  uint32_t* q = scratch(word_store, (rows + 16 + kKeys) * words + static_cast<size_t>(kKeys / 2) * value + kQueryTile * kKeys / 2);
-  uint32_t* lines = q + rows * words;                         // [16][words]
-  uint32_t* keys = lines + static_cast<size_t>(16) * words;   // [words][kKeys]
-  uint32_t* values = keys + static_cast<size_t>(words) * kKeys;  // [kKeys / 2][value]
-  uint32_t* weights = values + static_cast<size_t>(kKeys / 2) * value;  // [kQueryTile][kKeys / 2]
+  Band<Pairs> band;
+  band.depth = words;
+  band.mixed = scratch(float_store, rows * (static_cast<size_t>(value) + 2) + kQueryTile * (kKeys + 1));
+  band.top = band.mixed + rows * value, band.total = band.top + rows;
+  band.scores = band.total + rows, band.keep = band.scores + kQueryTile * kKeys;
+  band.q = scratch(word_store, (rows + 16 + kKeys) * words + static_cast<size_t>(kKeys / 2) * value + kQueryTile * kKeys / 2);
+  uint32_t* lines = band.q + rows * words;  // [16][words]
+  band.keys = lines + static_cast<size_t>(16) * words;
+  band.values = band.keys + static_cast<size_t>(words) * kKeys;
+  band.weights = band.values + static_cast<size_t>(kKeys / 2) * value;
 
   const auto* q_own = static_cast<const uint16_t*>(call.q_own);
   const auto* q_shared = static_cast<const uint16_t*>(call.q_shared);
@@ -78,21 +82,9 @@ inline void prompt_pairs(const PromptCall& call, const PromptItem& item) {
   for (int i = 0; i < n; i++) {
     const size_t t = static_cast<size_t>(item.first + i);
     join(q_own + item.row * call.q_own_at[0] + t * call.q_own_at[1] + item.head * call.q_own_at[2],
-         q_shared + item.row * call.q_shared_at[0] + t * call.q_shared_at[1] + item.head * call.q_shared_at[2], q + static_cast<size_t>(i) * words);
-    top[i] = -INFINITY, total[i] = 0;
+         q_shared + item.row * call.q_shared_at[0] + t * call.q_shared_at[1] + item.head * call.q_shared_at[2], band.q + static_cast<size_t>(i) * words);
   }
-  std::memset(mixed, 0, 4 * rows * value);
-  const int before = call.keys - call.queries;  // keys that every query sees, where slots say who sees whom
-  const int end = call.causal ? std::min(call.keys, before + item.first + n) : call.keys;
-  const uint8_t* visible = call.visible ? call.visible + item.row * call.visible_at + static_cast<size_t>(item.first) * call.keys : nullptr;
-
-  for (int s0 = 0; s0 < end; s0 += kKeys) {
-    const int here = std::min(kKeys, end - s0);
-    if (visible) {
-      uint64_t any = 0;
-      for (int i = 0; i < n && !any; i++) any = nonzero_bytes(visible + static_cast<size_t>(i) * call.keys + s0, here);
-      if (!any) continue;
-    }
+  const auto take = [&](int s0, int here) {
     const auto slot = [&](int s) { return static_cast<size_t>(s0 + std::min(s, here - 1)); };
     for (int s = 0; s < kKeys; s += 16) {
       for (int j = 0; j < 16; j++)
@@ -101,34 +93,21 @@ inline void prompt_pairs(const PromptCall& call, const PromptItem& item) {
       for (int w = 0; w < words; w += 16) {
         Bytes64 line[16];
         each<16>([&](auto j) GLM5_INLINE { line[j] = load64(lines + static_cast<size_t>(j) * words + w); });
-        transpose_words(line, keys + static_cast<size_t>(w) * kKeys + s, 4 * kKeys);
+        transpose_words(line, band.keys + static_cast<size_t>(w) * kKeys + s, 4 * kKeys);
       }
     }
     for (int s = 0; s < kKeys; s += 2) {
       const auto row = [&](int i) { return v + item.row * call.v_at[0] + slot(i) * call.v_at[1] + kv_head * call.v_at[2]; };
-      uint32_t* to = values + static_cast<size_t>(s / 2) * value;
+      uint32_t* to = band.values + static_cast<size_t>(s / 2) * value;
       if (s >= here) std::memset(to, 0, 4 * static_cast<size_t>(value));  // no weight: but nothing that is not finite either
       else for (int c = 0; c < value; c += 16) store64(to + c, pair16(row(s) + c, row(s + 1) + c));
     }
-    for (int i0 = 0; i0 < n; i0 += kQueryTile) {
-      const int tile = std::min(kQueryTile, n - i0);
-      if (call.causal && s0 > before + item.first + i0 + tile - 1) continue;
-      product_rows<Pairs, kQueryTile>(tile, q + static_cast<size_t>(i0) * words, static_cast<size_t>(words), words, keys, kKeys, kKeys, nullptr, scores, kKeys);
-      for (int i = 0; i < tile; i++) {
-        const int last = call.causal ? std::clamp(before + item.first + i0 + i + 1 - s0, 0, here) : here;
-        uint64_t seen = last == 64 ? ~0ull : (1ull << last) - 1;
-        if (visible) seen &= nonzero_bytes(visible + static_cast<size_t>(i0 + i) * call.keys + s0, here);
-        keep[i] = fold_pairs<kKeys / 16>(scores + i * kKeys, call.scale, seen, reinterpret_cast<uint16_t*>(weights + i * kKeys / 2), top[i0 + i], total[i0 + i]);
-      }
-      product_rows<Pairs, kQueryTile>(tile, weights, kKeys / 2, kKeys / 2, values, static_cast<size_t>(value), value, keep, mixed + static_cast<size_t>(i0) * value, static_cast<size_t>(value));
-    }
-  }
-  for (int i = 0; i < n; i++) {
-    float* mine = mixed + static_cast<size_t>(i) * value;
-    const F32x16 factor = set16(total[i] > 0 ? 1.0f / total[i] : 0.0f);
-    const size_t at = ((static_cast<size_t>(item.row) * call.queries + static_cast<size_t>(item.first + i)) * call.heads + item.head) * value;
-    for (int c = 0; c < value; c += 16) store_bf16(static_cast<uint16_t*>(call.out) + at + c, load16(mine + c) * factor);
-  }
+  };
+  walk_band(call, item, band, take, [&](int i, int last, const uint8_t* mask, float& top, float& total) {
+    uint64_t seen = last == 64 ? ~0ull : (1ull << last) - 1;
+    if (mask) seen &= nonzero_bytes(mask, last);
+    return fold_pairs<kKeys / 16>(band.scores + i * kKeys, call.scale, seen, reinterpret_cast<uint16_t*>(band.weights + i * kKeys / 2), top, total);
+  });
 }
 
 inline void attend_prompt_by_pairs(const PromptCall& call) {

@@ -58,16 +58,17 @@ struct PromptItem {
   int row, head, first, count;  // queries [first, first + count) of a batch row
 };
 
-// The scores of 64 keys (-inf: not seen) become weights of one query's running softmax.
-inline void fold_scores(float* scores, float& top, float& total, float& keep) {
+// The scores of 64 keys (-inf: not seen) become weights of one query's running softmax. Returns what the sum before is
+// worth now.
+inline float fold_scores(float* scores, float& top, float& total) {
   F32x16 part[4];
   each<4>([&](auto v) GLM5_INLINE { part[v] = load16(scores + 16 * v); });
   const float peak = std::max(top, top16(max16(max16(part[0], part[1]), max16(part[2], part[3]))));
-  keep = peak == top || peak == -INFINITY ? 1.0f : top == -INFINITY ? 0.0f : std::exp(top - peak);
+  const float keep = peak == top || peak == -INFINITY ? 1.0f : top == -INFINITY ? 0.0f : std::exp(top - peak);
   top = peak;
   if (peak == -INFINITY) {  // nothing was seen yet
     std::memset(scores, 0, 4 * kKeys);
-    return;
+    return keep;
   }
   float seen[kKeys];  // exp16 of -inf is small, not 0
   for (int i = 0; i < kKeys; i++) seen[i] = scores[i] == -INFINITY ? 0.0f : 1.0f;
@@ -76,37 +77,34 @@ inline void fold_scores(float* scores, float& top, float& total, float& keep) {
     store16(scores + 16 * v, part[v]);
   });
   total = total * keep + sum16((part[0] + part[1]) + (part[2] + part[3]));
+  return keep;
 }
 
-inline void prompt_band(const PromptCall& call, const PromptItem& item) {
-  const int depth = call.own + call.shared, value = call.value, n = item.count;
-  const int kv_head = item.head / (call.heads / call.kv_heads);
-  static thread_local std::vector<float> buffer;
-  float* q = scratch(buffer, static_cast<size_t>(n) * (depth + value + 2) + static_cast<size_t>(kKeys) * (depth + value + 16) + 16 * 16 +
-                                 kQueryTile * (kKeys + 1) + 64);
-  float* mixed = q + static_cast<size_t>(n) * depth;
-  float* top = mixed + static_cast<size_t>(n) * value;
-  float* total = top + n;
-  float* keys = total + n;                          // [depth][kKeys]
-  float* values = keys + static_cast<size_t>(depth) * kKeys;  // [kKeys][value]
-  float* line = values + static_cast<size_t>(kKeys) * value;  // [16][16]
-  float* scores = line + 16 * 16;                   // [kQueryTile][kKeys]
-  float* keep = scores + kQueryTile * kKeys;
+// What a band of queries works on, in words of a kind: a float, or a pair of bf16.
+template <class Kind>
+struct Band {
+  int depth = 0;                       // words of a query or key
+  typename Kind::Word* q = nullptr;       // [queries][depth]
+  typename Kind::Word* keys = nullptr;    // [depth][kKeys]
+  typename Kind::Word* values = nullptr;  // [kKeys / kInWord][value]
+  typename Kind::Word* weights = nullptr; // [kQueryTile][kKeys / kInWord]
+  float* scores = nullptr;             // [kQueryTile][kKeys]
+  float *mixed = nullptr, *top = nullptr, *total = nullptr, *keep = nullptr;
+};
 
-  for (int i = 0; i < n; i++) {
-    const size_t t = static_cast<size_t>(item.first + i);
-    float* mine = q + static_cast<size_t>(i) * depth;
-    widen_from(call.q_own, item.row * call.q_own_at[0] + t * call.q_own_at[1] + item.head * call.q_own_at[2], call.bf16, mine, call.own);
-    if (call.shared)
-      widen_from(call.q_shared, item.row * call.q_shared_at[0] + t * call.q_shared_at[1] + item.head * call.q_shared_at[2], call.bf16, mine + call.own, call.shared);
-    for (int d = 0; d < depth; d += 16) store16(mine + d, load16(mine + d) * set16(call.scale));
-    top[i] = -INFINITY, total[i] = 0;
-  }
-  std::memset(mixed, 0, 4 * static_cast<size_t>(n) * value);
+// Passes all keys that a band sees. take(s0, here): fills the block's keys and values; fold(i, last, mask, top, total): turns
+// the scores of a tile's query i into weights, where its first `last` keys count, of a mask those not 0, and
+// returns what the sum before is worth now.
+template <class Kind, class Take, class Fold>
+void walk_band(const PromptCall& call, const PromptItem& item, const Band<Kind>& band, Take&& take, Fold&& fold) {
+  const int value = call.value, n = item.count, words = kKeys / Kind::kInWord;
+  const size_t depth = static_cast<size_t>(band.depth), width = static_cast<size_t>(value);
+  std::fill_n(band.top, n, -INFINITY);
+  std::fill_n(band.total, n, 0.0f);
+  std::memset(band.mixed, 0, 4 * static_cast<size_t>(n) * width);
   const int before = call.keys - call.queries;  // keys that every query sees, where slots say who sees whom
   const int end = call.causal ? std::min(call.keys, before + item.first + n) : call.keys;
   const uint8_t* visible = call.visible ? call.visible + item.row * call.visible_at + static_cast<size_t>(item.first) * call.keys : nullptr;
-
   for (int s0 = 0; s0 < end; s0 += kKeys) {
     const int here = std::min(kKeys, end - s0);
     if (visible) {
@@ -114,6 +112,54 @@ inline void prompt_band(const PromptCall& call, const PromptItem& item) {
       for (int i = 0; i < n && !any; i++) any = std::memchr(visible + static_cast<size_t>(i) * call.keys + s0, 1, static_cast<size_t>(here)) != nullptr;
       if (!any) continue;
     }
+    take(s0, here);
+    for (int i0 = 0; i0 < n; i0 += kQueryTile) {
+      const int tile = std::min(kQueryTile, n - i0);
+      if (call.causal && s0 > before + item.first + i0 + tile - 1) continue;
+      product_rows<Kind, kQueryTile>(tile, band.q + static_cast<size_t>(i0) * depth, depth, band.depth, band.keys, kKeys, kKeys, nullptr, band.scores, kKeys);
+      for (int i = 0; i < tile; i++) {
+        const int at = i0 + i, last = call.causal ? std::clamp(before + item.first + at + 1 - s0, 0, here) : here;
+        const uint8_t* mask = visible ? visible + static_cast<size_t>(at) * call.keys + s0 : nullptr;
+        band.keep[i] = fold(i, last, mask, band.top[at], band.total[at]);
+      }
+      product_rows<Kind, kQueryTile>(tile, band.weights, static_cast<size_t>(words), words, band.values, width, value, band.keep, band.mixed + static_cast<size_t>(i0) * width, width);
+    }
+  }
+  for (int i = 0; i < n; i++) {
+    float* mine = band.mixed + static_cast<size_t>(i) * width;
+    const F32x16 factor = set16(band.total[i] > 0 ? 1.0f / band.total[i] : 0.0f);
+    for (int c = 0; c < value; c += 16) store16(mine + c, load16(mine + c) * factor);
+    const size_t at = ((static_cast<size_t>(item.row) * call.queries + static_cast<size_t>(item.first + i)) * call.heads + item.head) * width;
+    narrow(mine, static_cast<char*>(call.out) + at * (call.bf16 ? 2 : 4), call.bf16, value);
+  }
+}
+
+inline void prompt_band(const PromptCall& call, const PromptItem& item) {
+  const int depth = call.own + call.shared, value = call.value, n = item.count;
+  const int kv_head = item.head / (call.heads / call.kv_heads);
+  static thread_local std::vector<float> buffer;
+  Band<Floats> band;
+  band.depth = depth;
+  band.q = scratch(buffer, static_cast<size_t>(n) * (depth + value + 2) + static_cast<size_t>(kKeys) * (depth + value + 16) + 16 * 16 +
+                               kQueryTile * (kKeys + 1) + 64);
+  band.mixed = band.q + static_cast<size_t>(n) * depth;
+  band.top = band.mixed + static_cast<size_t>(n) * value;
+  band.total = band.top + n;
+  band.keys = band.total + n;
+  band.values = band.keys + static_cast<size_t>(depth) * kKeys;
+  float* line = band.values + static_cast<size_t>(kKeys) * value;  // [16][16]
+  band.scores = band.weights = line + 16 * 16;
+  band.keep = band.scores + kQueryTile * kKeys;
+
+  for (int i = 0; i < n; i++) {
+    const size_t t = static_cast<size_t>(item.first + i);
+    float* mine = band.q + static_cast<size_t>(i) * depth;
+    widen_from(call.q_own, item.row * call.q_own_at[0] + t * call.q_own_at[1] + item.head * call.q_own_at[2], call.bf16, mine, call.own);
+    if (call.shared)
+      widen_from(call.q_shared, item.row * call.q_shared_at[0] + t * call.q_shared_at[1] + item.head * call.q_shared_at[2], call.bf16, mine + call.own, call.shared);
+    for (int d = 0; d < depth; d += 16) store16(mine + d, load16(mine + d) * set16(call.scale));
+  }
+  const auto take = [&](int s0, int here) {
     for (int s = 0; s < kKeys; s += 16) {
       for (int d = 0; d < depth; d += 16) {
         F32x16 lines[16], turned[16];
@@ -124,37 +170,23 @@ inline void prompt_band(const PromptCall& call, const PromptItem& item) {
         }
         each<16>([&](auto j) GLM5_INLINE { lines[j] = load16(line + 16 * j); });
         transpose_floats(lines, turned);
-        each<16>([&](auto j) GLM5_INLINE { store16(keys + static_cast<size_t>(d + j) * kKeys + s, turned[j]); });
+        each<16>([&](auto j) GLM5_INLINE { store16(band.keys + static_cast<size_t>(d + j) * kKeys + s, turned[j]); });
       }
     }
     for (int s = 0; s < kKeys; s++) {
-      if (s < here) widen_from(call.v, item.row * call.v_at[0] + static_cast<size_t>(s0 + s) * call.v_at[1] + kv_head * call.v_at[2], call.bf16, values + static_cast<size_t>(s) * value, value);
-      else std::memset(values + static_cast<size_t>(s) * value, 0, 4 * static_cast<size_t>(value));
+      float* to = band.values + static_cast<size_t>(s) * value;
+      if (s < here) widen_from(call.v, item.row * call.v_at[0] + static_cast<size_t>(s0 + s) * call.v_at[1] + kv_head * call.v_at[2], call.bf16, to, value);
+      else std::memset(to, 0, 4 * static_cast<size_t>(value));
     }
-    for (int i0 = 0; i0 < n; i0 += kQueryTile) {
-      const int tile = std::min(kQueryTile, n - i0);
-      if (call.causal && s0 > before + item.first + i0 + tile - 1) continue;
-      product_rows<Floats, kQueryTile>(tile, q + static_cast<size_t>(i0) * depth, static_cast<size_t>(depth), depth, keys, kKeys, kKeys, nullptr, scores, kKeys);
-      for (int i = 0; i < tile; i++) {
-        float* mine = scores + i * kKeys;
-        const int last = call.causal ? std::min(here, before + item.first + i0 + i + 1 - s0) : here;
-        for (int s = std::max(0, last); s < kKeys; s++) mine[s] = -INFINITY;
-        if (visible) {
-          const uint8_t* mask = visible + static_cast<size_t>(i0 + i) * call.keys + s0;
-          for (int s = 0; s < here; s++) mine[s] = mask[s] ? mine[s] : -INFINITY;
-        }
-        fold_scores(mine, top[i0 + i], total[i0 + i], keep[i]);
-      }
-      product_rows<Floats, kQueryTile>(tile, scores, kKeys, kKeys, values, static_cast<size_t>(value), value, keep, mixed + static_cast<size_t>(i0) * value, static_cast<size_t>(value));
+  };
+  walk_band(call, item, band, take, [&](int i, int last, const uint8_t* mask, float& top, float& total) {
+    float* mine = band.scores + i * kKeys;
+    for (int s = last; s < kKeys; s++) mine[s] = -INFINITY;
+    if (mask) {
+      for (int s = 0; s < last; s++) mine[s] = mask[s] ? mine[s] : -INFINITY;
     }
-  }
-  for (int i = 0; i < n; i++) {
-    float* mine = mixed + static_cast<size_t>(i) * value;
-    const F32x16 factor = set16(total[i] > 0 ? 1.0f / total[i] : 0.0f);
-    for (int c = 0; c < value; c += 16) store16(mine + c, load16(mine + c) * factor);
-    const size_t at = ((static_cast<size_t>(item.row) * call.queries + static_cast<size_t>(item.first + i)) * call.heads + item.head) * value;
-    narrow(mine, static_cast<char*>(call.out) + at * (call.bf16 ? 2 : 4), call.bf16, value);
-  }
+    return fold_scores(mine, top, total);
+  });
 }
 
 // The last bands first: under a causal rule they are the longest.
