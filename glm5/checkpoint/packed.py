@@ -113,8 +113,7 @@ def _memory_of(layer: PackedLinear) -> Callable[[], Packed]:
 
 def _packed_embedding(model: GlmForCausalLM, scheme_of: SchemeOf) -> list[PackedWeight]:
     """Swap the embedding, and a head that has no matrix of its own."""
-    table = model.model.embed_tokens
-    name = _disk_module(model, "model.embed_tokens")
+    table, name = model.model.embed_tokens, "model.embed_tokens"
     scheme = scheme_of(name)
     if scheme is None or not _fits(table.embedding_dim, scheme):
         return []

@@ -17,17 +17,14 @@ from glm5.kernels.modules import Scheme
 from glm5.kernels.packing import BITS
 
 # Small, or decisive for the answer; a rule may overrule it.
-KEPT = ("lm_head", "*.mlp.gate", "*.eh_proj")
-# Kept too, unless a pattern names it: transformers 5.24 reads no packed embedding.
+KEPT = ("lm_head", "*.embed_tokens", "*.mlp.gate", "*.eh_proj")
+# Meant only by a pattern that spells it: transformers 5.24 reads no packed embedding.
 EMBEDDING = "embed_tokens"
 # The indexer's keys, which choose what is read; vLLM joins the two into one matrix of floats.
 NEVER = ("*.indexer.wk", "*.indexer.weights_proj")
 
-
 Rule = tuple[str, int] | tuple[str, int, int]
-_CHANGE = re.compile(
-    r"(?P<pattern>.+)=(?:(?P<keep>keep)|(?P<bits>[48])(?::(?P<group>[0-9]{1,6}))?)", re.DOTALL
-)
+_CHANGE = re.compile(r"(?P<pattern>.+)=(?:keep|(?P<bits>[48])(?::(?P<group>[0-9]{1,6}))?)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Recipe:
         """The scheme of a linear layer or embedding by its module name on disk; None = it stays as it is."""
         if never_rounded(module):
             return None
-        found: tuple[int, ...] = (0,) if names_embedding(module) else (self.bits, self.group)
+        found: tuple[int, ...] = (self.bits,)
         for pattern, *chosen in (*((kept, 0) for kept in KEPT), *self.rules):
             if fits(pattern, module):
                 found = tuple(chosen)

@@ -7,7 +7,7 @@ run continues with the very next token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from glm5.errors import RecipeError
-from glm5.training.recipe import Stage
-from glm5.training.shards import Shard
+from glm5.tokenizer import Tokenizer
+from glm5.training.recipe import Recipe, Stage
+from glm5.training.shards import Shard, build_shards, open_shards
 
 # Less room than this at a row's end is padded: so short a piece teaches nothing.
 _LEAST_PIECE = 8
@@ -32,6 +33,20 @@ class Batch:
     positions: Tensor  # int64 [B, T], from 0 in each piece
     learned: Tensor  # bool [B, T]: tokens that are to be predicted
     prefix: Tensor | None  # bool [B, T]: tokens of a bidirectional prefix
+
+
+def batches_of(recipe: Recipe, tokenizer: Tokenizer, rows: int, say: Callable[[str], None]) -> PackedBatches:
+    """Batches of a recipe's own mix; encodes what of its corpus is not encoded yet."""
+    infos = build_shards(recipe.data.corpus, recipe.shard_dir, tokenizer, say)
+    return PackedBatches(
+        open_shards(recipe.shard_dir, infos, tokenizer.vocab_size),
+        recipe.data.stages,
+        rows=rows,
+        length=recipe.data.sequence_length,
+        seed=recipe.seed,
+        attention=recipe.data.attention,
+        pad_id=tokenizer.pad_token_id or 0,
+    )
 
 
 class PackedBatches:

@@ -28,12 +28,12 @@ from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.memory import keep_freed_memory
 from glm5.tokenizer import Tokenizer
 from glm5.training import heldout, losses
-from glm5.training.batches import Batch, PackedBatches
+from glm5.training.batches import Batch, batches_of
 from glm5.training.bpe import train_bpe
 from glm5.training.optimizers import build_optimizers, learning_rate
 from glm5.training.progress import Report
 from glm5.training.recipe import Recipe
-from glm5.training.shards import build_shards, corpus_files, open_shards, sample_texts
+from glm5.training.shards import corpus_files, sample_texts
 from glm5.training.snapshots import list_snapshots, load_snapshot, save_snapshot
 
 LOG_FILE = "log.jsonl"
@@ -64,17 +64,7 @@ class Trainer:
         corpus_files(recipe.data.corpus)  # what is missing is said before any work is done
         heldout.heldout_texts(recipe.data.corpus)
         self.tokenizer = self._tokenizer()
-        infos = build_shards(recipe.data.corpus, self._shard_dir(), self.tokenizer, self.report.say)
-        shards = open_shards(self._shard_dir(), infos, self.tokenizer.vocab_size)
-        self.batches = PackedBatches(
-            shards,
-            recipe.data.stages,
-            rows=recipe.run.batch_rows,
-            length=recipe.data.sequence_length,
-            seed=recipe.seed,
-            attention=recipe.data.attention,
-            pad_id=self.tokenizer.pad_token_id or 0,
-        )
+        self.batches = batches_of(recipe, self.tokenizer, recipe.run.batch_rows, self.report.say)
         config = recipe.model_config_for(
             self.tokenizer.vocab_size, self.tokenizer.eos_token_ids, self.tokenizer.pad_token_id
         )
@@ -255,11 +245,8 @@ class Trainer:
         ends = [stage.until for stage in self.recipe.data.stages]
         return next(i for i, end in enumerate(ends) if share < end)
 
-    def _shard_dir(self) -> Path:
-        return self.recipe.data.shards / self.recipe.name
-
     def _tokenizer(self) -> Tokenizer:
-        settings, where = self.recipe.tokenizer, self._shard_dir()
+        settings, where = self.recipe.tokenizer, self.recipe.shard_dir
         if settings.path is not None:
             return Tokenizer.from_pretrained(settings.path)
         if (where / "tokenizer.json").exists():

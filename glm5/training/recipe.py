@@ -116,6 +116,11 @@ class Recipe(_Section):
     loss: LossSection = LossSection()
     run: RunSection
 
+    @property
+    def shard_dir(self) -> Path:
+        """Where the encoded corpus and the tokenizer of this recipe lie."""
+        return self.data.shards / self.name
+
     def model_config_for(self, vocab_size: int, eos: tuple[int, ...], pad: int | None) -> ModelConfig:
         """The architecture, with what the tokenizer decides filled in."""
         keys = {

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,11 +21,10 @@ from glm5.quantize import Calibration, Recipe, quantise
 from glm5.quantize.directory import RECEIPT_FILE
 from glm5.runtime.language_model import LanguageModel
 from glm5.tokenizer import Tokenizer
-from glm5.training.batches import PackedBatches
+from glm5.training.batches import batches_of
 from glm5.training.card import write_card
 from glm5.training.recipe import Recipe as TrainingRecipe
 from glm5.training.recipe import read_recipe
-from glm5.training.shards import build_shards, open_shards
 from glm5.training.snapshots import STATE_FILE
 
 FP8 = "the official FP8 layout (e4m3, 128x128 blocks); embeddings, router and norms in bf16"
@@ -63,15 +61,9 @@ def release(
 
 def training_text(recipe: TrainingRecipe, tokenizer: Tokenizer) -> Calibration:
     """Rows of the last stage's mix, each piece a window: what it was taught is what rounding must keep."""
-    data = recipe.data
-    with tempfile.TemporaryDirectory() as folder:
-        infos = build_shards(data.corpus, Path(folder), tokenizer, lambda line: None)
-        shards = open_shards(Path(folder), infos, tokenizer.vocab_size)
-        batches = PackedBatches(
-            shards, data.stages, rows=CALIBRATION_ROWS, length=data.sequence_length, seed=recipe.seed
-        )
-        batches.enter_stage(len(data.stages) - 1)
-        batch = batches.next()
+    batches = batches_of(recipe, tokenizer, CALIBRATION_ROWS, lambda line: None)
+    batches.enter_stage(len(recipe.data.stages) - 1)
+    batch = batches.next()
     windows = []
     for ids, documents in zip(batch.ids, batch.documents, strict=True):
         windows += [tuple(ids[documents == piece].tolist()) for piece in documents.unique() if piece >= 0]

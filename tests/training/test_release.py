@@ -50,7 +50,7 @@ def test_both_models_are_written_and_measured(tmp_path: Path, monkeypatch: pytes
 def test_the_calibration_is_of_whole_pieces_of_the_last_mix(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, **WIDTHS)
     Trainer(recipe)
-    tokenizer = Tokenizer.from_pretrained(next(recipe.data.shards.glob("**/tokenizer.json")).parent)
+    tokenizer = Tokenizer.from_pretrained(recipe.shard_dir)
     windows = training_text(recipe, tokenizer).input_ids
     tokens = sum(map(len, windows))
     assert 0.7 * CALIBRATION_ROWS * 48 < tokens <= CALIBRATION_ROWS * 48
