@@ -16,8 +16,8 @@ test: setup-dev
 check: lint types test
 
 lint: setup-dev
-	$(BIN)/ruff check glm5 tests benchmarks
-	$(BIN)/ruff format --check glm5 tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 
 types: setup-dev
 	$(BIN)/mypy
@@ -33,11 +33,11 @@ sanitize: setup-dev
 	  $(BIN)/python -m pytest tests/kernels/test_odd_shapes.py
 
 # The NEON kernels, cross-compiled and run in an emulator (Debian: g++-aarch64-linux-gnu, qemu-user-static).
-CROSS := aarch64-linux-gnu-g++ -std=c++17 -O1 -ffp-contract=off -Wall -Wextra -Werror -Wno-psabi -DGLM5_NEON -Iglm5/kernels/cpu/src
+CROSS := aarch64-linux-gnu-g++ -std=c++17 -O1 -ffp-contract=off -Wall -Wextra -Werror -Wno-psabi -DGLM5_NEON -Isrc/glm5/kernels/cpu/src
 neon:
 	@mkdir -p build/neon
-	@for part in isa_portable dispatch threads; do $(CROSS) -c glm5/kernels/cpu/src/$$part.cpp -o build/neon/$$part.o || exit 1; done
-	@$(CROSS) -march=armv8.2-a+dotprod+fp16 -c glm5/kernels/cpu/src/isa_neon.cpp -o build/neon/isa_neon.o
+	@for part in isa_portable dispatch threads; do $(CROSS) -c src/glm5/kernels/cpu/src/$$part.cpp -o build/neon/$$part.o || exit 1; done
+	@$(CROSS) -march=armv8.2-a+dotprod+fp16 -c src/glm5/kernels/cpu/src/isa_neon.cpp -o build/neon/isa_neon.o
 	@$(CROSS) -static tests/kernels/cross/neon_check.cpp build/neon/*.o -o build/neon/check -lpthread
 	qemu-aarch64-static build/neon/check
 
@@ -45,7 +45,7 @@ setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
 
 # torch goes first and alone: the pin gives a CPU build where pip finds one.
-NATIVE := CMakeLists.txt $(wildcard glm5/kernels/cpu/src/*)
+NATIVE := CMakeLists.txt $(wildcard src/glm5/kernels/cpu/src/*)
 $(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Setting up $(VENV) (torch is a large download) ..."

@@ -19,7 +19,7 @@ import torch
 from glm5_slice import GIGA, benchmark_arguments, filled_cache, llama_rates, random_slice, step_bytes
 
 from glm5.kernels import _cpu, cpu
-from glm5.kernels.modules import PackedExperts, PackedMixture
+from glm5.layers.packed import PackedExperts, PackedMixture
 from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.cache import Cache
 

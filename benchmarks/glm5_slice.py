@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from glm5.checkpoint.packed import pack_modules, place_modules
-from glm5.checkpoint.reading import materialise
+from glm5.checkpoint.reading import materialize
 from glm5.config import ModelConfig
-from glm5.kernels.modules import PackedExperts, PackedLinear, PackedMixture
+from glm5.layers.packed import PackedExperts, PackedLinear, PackedMixture
+from glm5.layers.swap import pack_modules, place_modules
 from glm5.model.transformer import GlmForCausalLM
 from glm5.quantize import Recipe
 from glm5.runtime.cache import Cache
@@ -52,7 +52,7 @@ def random_slice(moe_layers: int, seed: int = 0) -> GlmForCausalLM:
         model = GlmForCausalLM(config)
     pack_modules(model, Recipe().scheme_of)
     cpu = torch.device("cpu")
-    materialise(model, torch.bfloat16, cpu)
+    materialize(model, torch.bfloat16, cpu)
     place_modules(model, cpu)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -22,9 +22,9 @@ from glm5_slice import GIGA, filled_cache, random_slice, slice_config, step_byte
 from torch import Tensor
 
 from glm5.kernels import cuda
-from glm5.kernels.cuda.graph import GraphedStep
-from glm5.kernels.modules import PackedExperts
+from glm5.layers.packed import PackedExperts
 from glm5.model.transformer import GlmForCausalLM
+from glm5.runtime.cuda_graph import GraphedStep
 
 CONTEXT = 2048
 FIGURES = ("memory_read_gb_s", "bf16_tflop_s", "expert_share_1", "expert_share_512", "step_share",

@@ -5,7 +5,7 @@
 One model, one held-out text, one judge: every rounding is written as a GGUF, and llama.cpp's
 `llama-perplexity` compares its answers with the source's. The model has to be a glm4_moe (both can load it)
 whose widths are multiples of 256 (Q4_K's rows), for example what `glm5 train` makes of a recipe with such
-widths. llama.cpp's files are judged twice: dequantised to fp32, as ours are, so that only the weights
+widths. llama.cpp's files are judged twice: dequantized to fp32, as ours are, so that only the weights
 differ, and as llama.cpp computes from them. First the weights of the layers alone, with embeddings and head
 as in the source; then each side's defaults. The held-out text is English, Chinese and code in equal parts
 from `data/corpus/heldout` (docs/training.md says how it is made); `--calibration` gives gptq and imatrix
@@ -33,15 +33,15 @@ from rich.table import Table
 from torch import Tensor
 
 from glm5.checkpoint.gguf import names
-from glm5.checkpoint.shards import ShardIndex
 from glm5.config import ModelConfig
+from glm5.disk.shards import ShardIndex
 from glm5.errors import Glm5Error
-from glm5.kernels.packing import dequantise
-from glm5.quantize import Calibration, Recipe, quantise
+from glm5.formats.packing import dequantize
+from glm5.quantize import Calibration, Recipe, quantize
 from glm5.quantize.calibration import DEFAULT_TOKENS, read_texts, shipped_text
 from glm5.quantize.plan import Item, plan
 from glm5.quantize.sources import DirectorySource
-from glm5.tokenizer import TOKENIZER_FILE, Tokenizer
+from glm5.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 PROGRAMS = ("llama-quantize", "llama-perplexity", "llama-imatrix")
 LANGUAGES = ("en", "zh", "code")
@@ -137,7 +137,7 @@ def measure(options: argparse.Namespace, folder: Path, rows: Rows) -> tuple[Rows
 
     def ours(name: str, recipe: Recipe, calibration: Calibration | None = None) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as result:
-            quantise(options.model, result, recipe, calibration=calibration)
+            quantize(options.model, result, recipe, calibration=calibration)
             path = folder / "ours.gguf"
             model.write(path, packed_reader(Path(result)))
             rows.add(name, llama.judge(path), *model.bits_of(recipe))
@@ -246,7 +246,7 @@ def packed_reader(directory: Path) -> Callable[[str], Tensor]:
             return index.file(name).read(name)
         words, scales = index.file(packed).read(packed), index.file(scale).read(scale)
         columns = int(index.file(f"{module}.weight_shape").read(f"{module}.weight_shape")[1])
-        return dequantise(words, scales, words.shape[1] * 32 // columns, columns)
+        return dequantize(words, scales, words.shape[1] * 32 // columns, columns)
 
     return read
 

@@ -1,13 +1,13 @@
-"""How fast a large model is quantised and loaded, beside what the disk gives.
+"""How fast a large model is quantized and loaded, beside what the disk gives.
 
     python benchmarks/load.py [--quick] [--moe-layers N] [--folder DIR]
 
-Weights of GLM-5's width (random, made when they are asked for) are quantised into a directory by a
+Weights of GLM-5's width (random, made when they are asked for) are quantized into a directory by a
 process whose peak memory is noted. Then, each time with the files out of the page cache: the rate of
 plain reads (O_DIRECT, 8 MiB, one and two in flight, the better), and a new process that loads the
 model and makes one token. The last line is JSON: load_ratio (seconds to the first token over seconds to
 read the resident bytes at the disk's rate), with and without starting Python and PyTorch, and
-quantise_peak_mib.
+quantize_peak_mib.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from glm5.checkpoint.names import pieces
 from glm5.config import ModelConfig
-from glm5.quantize import Recipe, quantise
+from glm5.quantize import Recipe, quantize
 from glm5.quantize.sources import meta_model
 
 BLOCK = 8 << 20
@@ -98,13 +98,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="64 of 256 experts, two loads")
     parser.add_argument("--moe-layers", type=int, default=1, help="5.2 GB each")
     parser.add_argument("--folder", type=Path, help="where to write; default: the temporary folder")
-    parser.add_argument("--only-quantise", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--only-quantize", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     config = slice_config(arguments.moe_layers)
     if arguments.quick:
         config = config.with_changes(n_routed_experts=64)
-    if arguments.only_quantise is not None:
-        quantise_here(config, arguments.only_quantise)
+    if arguments.only_quantize is not None:
+        quantize_here(config, arguments.only_quantize)
         return
     folder = Path(tempfile.mkdtemp(prefix="glm5-load-", dir=arguments.folder))
     try:
@@ -113,25 +113,25 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def quantise_here(config: ModelConfig, target: Path) -> None:
-    """Quantise and tell seconds, source bytes and the growth of this process's peak memory."""
+def quantize_here(config: ModelConfig, target: Path) -> None:
+    """Quantize and tell seconds, source bytes and the growth of this process's peak memory."""
     source = RandomSource(config)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
-    receipt = quantise(source, target, Recipe())
+    receipt = quantize(source, target, Recipe())
     spent = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"seconds": spent, "bytes": receipt["source_bytes"], "peak": peak, "base": base}))
 
 
 def measure(target: Path, rounds: int) -> None:
-    command = [sys.executable, __file__, *sys.argv[1:], "--only-quantise", str(target)]
+    command = [sys.executable, __file__, *sys.argv[1:], "--only-quantize", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr.strip().splitlines()[-1])
     made = json.loads(done.stdout.splitlines()[-1])
     peak = made["peak"] / 1024
-    print(f"quantised {made['bytes'] / GIGA:.1f} GB in {made['seconds']:.0f} s, "
+    print(f"quantized {made['bytes'] / GIGA:.1f} GB in {made['seconds']:.0f} s, "
           f"{made['bytes'] / made['seconds'] / GIGA:.2f} GB/s; peak {peak:.0f} MiB, "
           f"{(made['peak'] - made['base']) / 1024:.0f} of them for the job")  # fmt: skip
     files = sorted(target.glob("*.safetensors"))
@@ -154,8 +154,8 @@ def measure(target: Path, rounds: int) -> None:
           f"with Python and PyTorch {whole:.1f} s ({whole / needed:.2f})")  # fmt: skip
     print(json.dumps({
         "load_ratio": round(loaded / needed, 2), "load_ratio_with_imports": round(whole / needed, 2),
-        "disk_gb_s": round(rate, 2), "resident_gb": round(size / GIGA, 2), "quantise_peak_mib": round(peak),
-        "quantise_gb_s": round(made["bytes"] / made["seconds"] / GIGA, 2),
+        "disk_gb_s": round(rate, 2), "resident_gb": round(size / GIGA, 2), "quantize_peak_mib": round(peak),
+        "quantize_gb_s": round(made["bytes"] / made["seconds"] / GIGA, 2),
     }))  # fmt: skip
 
 

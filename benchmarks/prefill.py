@@ -19,7 +19,7 @@ import torch
 from glm5_slice import GIGA, benchmark_arguments, llama_rates, random_slice
 
 from glm5.kernels import _cpu, cpu
-from glm5.kernels.modules import PackedExperts, PackedLinear
+from glm5.layers.packed import PackedExperts, PackedLinear
 from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.cache import Cache
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from glm5.checkpoint import save_model
-from glm5.checkpoint.safetensors_file import PlannedTensor, SafetensorsFile, write_safetensors
+from glm5.disk.safetensors_file import PlannedTensor, SafetensorsFile, write_safetensors
 from glm5.errors import Glm5Error
 from glm5.model.transformer import GlmForCausalLM
 from tests.model_fixture import tiny_model

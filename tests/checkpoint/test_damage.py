@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glm5.checkpoint import load_model
-from glm5.checkpoint.shards import INDEX_FILE
+from glm5.disk.shards import INDEX_FILE
 from glm5.errors import CheckpointError, ConfigError
 from tests.checkpoint.checkpoint_fixture import FIRST, Tensors, refused, with_json, with_tensors
 from tests.checkpoint.checkpoint_fixture import copy_of as copy_of
@@ -59,7 +59,7 @@ SCALE = GATE + "_scale_inv"
 HEAD = "model.embed_tokens.weight"
 NAN, SMALL = torch.tensor([[float("nan")]]), torch.zeros(2, 2)
 FP8 = torch.zeros(40, 64).to(torch.float8_e4m3fn)
-quantised = {"quant_method": "fp8"}
+quantized = {"quant_method": "fp8"}
 BF16_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "missing": (put("lm_head.weight"), ("lm_head.weight is missing",)),
     "missing expert": (put(GATE), (GATE,)),
@@ -79,11 +79,11 @@ BF16_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "FP8 without scale": (put(GATE, FP8), ("model.safetensors", GATE, SCALE + " is missing")),
     "cut": (lambda d: os.truncate(d / "model.safetensors", 300_000), ("model.safetensors", "download")),
-    "quantisation": (config(quantization_config={"quant_method": "exl9"}), ("config.json", "exl9")),
-    "quantisation, a list": (config(quantization_config=["fp8"]), ("config.json", "['fp8']")),
-    "blocks": (config(quantization_config=quantised | {"weight_block_size": [128]}), ("[128]",)),
-    "blocks, bool": (config(quantization_config=quantised | {"weight_block_size": [True, 1]}), ("True",)),
-    "blocks, huge": (config(quantization_config=quantised | {"weight_block_size": [1, 1 << 70]}), ("block",)),
+    "quantization": (config(quantization_config={"quant_method": "exl9"}), ("config.json", "exl9")),
+    "quantization, a list": (config(quantization_config=["fp8"]), ("config.json", "['fp8']")),
+    "blocks": (config(quantization_config=quantized | {"weight_block_size": [128]}), ("[128]",)),
+    "blocks, bool": (config(quantization_config=quantized | {"weight_block_size": [True, 1]}), ("True",)),
+    "blocks, huge": (config(quantization_config=quantized | {"weight_block_size": [1, 1 << 70]}), ("block",)),
     "no weights": (file("model.safetensors", None), ("has neither",)),
     "wider": (config(hidden_size=65), ("model.safetensors", "[256, 64]", "[256, 65]")),
 }
@@ -109,7 +109,7 @@ FP8_DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "scale, a number": (put(SCALE, torch.tensor(1.0)), (SCALE, "[]", "[1, 1]")),
     "scale dtype": (put(SCALE, torch.ones(1, 1).int()), (SCALE, "I32")),
     "other blocks": (
-        config(quantization_config=quantised | {"weight_block_size": [64, 64]}),
+        config(quantization_config=quantized | {"weight_block_size": [64, 64]}),
         ("_scale_inv",),
     ),
 }

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from glm5.checkpoint import save_model
-from glm5.checkpoint.shards import ShardIndex
+from glm5.disk.shards import ShardIndex
 from glm5.model.transformer import GlmForCausalLM
 from tests.model_fixture import tiny_config
 

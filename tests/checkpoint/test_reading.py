@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from glm5.checkpoint import load_model, save_model
-from glm5.checkpoint.fp8 import block_dequantise, block_quantise, is_quantised
 from glm5.checkpoint.names import pieces, state_tensors
-from glm5.checkpoint.shards import INDEX_FILE
 from glm5.config import MODEL_TYPES
+from glm5.disk.shards import INDEX_FILE
+from glm5.formats.fp8 import block_dequantize, block_quantize, is_quantized
 from tests.checkpoint.checkpoint_fixture import (
     FIRST,
     SHARD,
@@ -57,8 +57,8 @@ def through(model: Any, stored_as: str) -> list[tuple[str, Tensor]]:
     tensors = weights(model)
     for piece in pieces(model):
         part = piece.of(tensors[piece.parameter])
-        if stored_as == "fp8" and is_quantised(piece.name):
-            part.copy_(block_dequantise(*block_quantise(part)))
+        if stored_as == "fp8" and is_quantized(piece.name):
+            part.copy_(block_dequantize(*block_quantize(part)))
         elif not piece.name.endswith("e_score_correction_bias"):
             part.copy_(part.to(dtype))
     if model.config.tie_word_embeddings:

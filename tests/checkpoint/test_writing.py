@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from glm5.checkpoint import load_model, save_model
-from glm5.checkpoint.shards import INDEX_FILE, SINGLE_FILE, STAGING
 from glm5.checkpoint.writing import stored_config
+from glm5.disk.shards import INDEX_FILE, SINGLE_FILE, STAGING
 from glm5.errors import CheckpointError, Glm5Error
 from glm5.model.transformer import GlmForCausalLM
 from tests.checkpoint.checkpoint_fixture import Tensors, assert_same_bits, refused, weights

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from glm5.formats.packing import pack
 from glm5.kernels import _cpu, cpu
-from glm5.kernels.packing import pack
 
 INSTRUCTION_SETS = cpu.instruction_sets()
 # `portable` has no fused multiply-add: its integer sums are the same, its float sums need not be.

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from glm5.formats.packing import dequantize, pack
 from glm5.kernels import cpu
-from glm5.kernels.packing import dequantise, pack
 from tests.kernels.kernel_fixture import FUSED, INSTRUCTION_SETS, assert_same_bits, on_each, on_threads, using
 from tests.kernels.kernel_fixture import instruction_set as instruction_set
 
@@ -24,7 +24,7 @@ def packed_weight(latent: int, bits: int, group: int) -> tuple[cpu.Matrix, Tenso
     codes = torch.randint(-top, top, (rows, latent), generator=generator).to(torch.int8)
     words = pack(codes, bits)
     scales = (torch.rand(rows, latent // group, generator=generator) + 0.5).bfloat16() / (10 * top)
-    values = dequantise(words, scales, bits, latent)
+    values = dequantize(words, scales, bits, latent)
     return cpu.Matrix(words, scales, bits=bits, columns=latent, group=group), values
 
 

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glm5.checkpoint.packed import PackedWeight, round_into
+from glm5.formats.packing import words_per_row
 from glm5.kernels import cpu, reference
-from glm5.kernels.modules import (
+from glm5.layers.packed import (
     PROJECTIONS,
     Packed,
     PackedExperts,
@@ -27,7 +27,7 @@ from glm5.kernels.modules import (
     PackedMLP,
     Scheme,
 )
-from glm5.kernels.packing import words_per_row
+from glm5.layers.swap import PackedWeight, round_into
 from glm5.model.moe import MixtureOfExperts, Router
 from tests.kernels.kernel_fixture import (
     FUSED,
@@ -276,26 +276,26 @@ def test_a_call_leaves_nothing_for_the_next(instruction_set: str) -> None:
 ROUTERS = [(1, 1, 2), (4, 2, 3), (4, 3, 6), (2, 1, 1), (8, 4, 4), (1, 1, 16)]  # groups, kept, topk
 
 
-def router(groups: int, kept: int, topk: int, normalise: bool, seed: int, experts: int = 16) -> Router:
+def router(groups: int, kept: int, topk: int, normalize: bool, seed: int, experts: int = 16) -> Router:
     made = Router(tiny_config(
         n_routed_experts=experts, hidden_size=96, n_group=groups, topk_group=kept, num_experts_per_tok=topk,
-        norm_topk_prob=normalise, routed_scaling_factor=2.5,
+        norm_topk_prob=normalize, routed_scaling_factor=2.5,
     ))  # fmt: skip
     made.weight.data.normal_(0.0, 0.2, generator=generator(seed))
     made.e_score_correction_bias.normal_(0.0, 0.3, generator=generator(seed + 1))
     return made.eval()
 
 
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("groups", "kept", "topk"), ROUTERS)
 def test_the_router_chooses_and_weighs_as_the_model_does(
-    instruction_set: str, groups: int, kept: int, topk: int, normalise: bool
+    instruction_set: str, groups: int, kept: int, topk: int, normalize: bool
 ) -> None:
-    gate = router(groups, kept, topk, normalise, seed=groups)
+    gate = router(groups, kept, topk, normalize, seed=groups)
     made = layer(96, 64, 0, experts=16, topk=topk)
     made.native.set_router(
         cpu.Matrix(gate.weight.detach()), gate.e_score_correction_bias, topk=topk, groups=groups,
-        topk_groups=kept, normalise=normalise, factor=2.5,
+        topk_groups=kept, normalize=normalize, factor=2.5,
     )  # fmt: skip
     for count in (1, 5, 70):  # 70: more than one band of tokens
         x, chosen = tokens_of(count, 96, seed=count), torch.empty(count, topk, dtype=torch.int32)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from glm5.formats.packing import pack, unpack
 from glm5.kernels import _cpu, cpu, reference
-from glm5.kernels.packing import pack, unpack
 
 SHAPES = [(1, 32, 4, 32), (7, 64, 4, 64), (17, 96, 4, 32), (33, 192, 4, 64), (40, 320, 8, 64), (9, 96, 8, 32),
           (65, 1088, 4, 64), (16, 1152, 4, 128), (5, 40, 4, 40)]  # fmt: skip

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from glm5.formats.packing import pack
 from glm5.kernels import cpu, reference
-from glm5.kernels.packing import pack
 from glm5.model.norms import RMSNorm
 from tests.kernels.kernel_fixture import (
     FUSED,
@@ -426,7 +426,7 @@ def test_a_forked_child_goes_on(action: str) -> None:
 
 @quick
 @given(st.integers(1, 9), st.integers(1, 70), activation_dtypes, seeds)
-def test_rows_are_normalised_as_the_module_does(
+def test_rows_are_normalized_as_the_module_does(
     rows: int, columns: int, dtype: torch.dtype, seed: int
 ) -> None:
     module = RMSNorm(columns, 1e-5)
@@ -436,7 +436,7 @@ def test_rows_are_normalised_as_the_module_does(
         wanted = module(x).float()
         found = on_each(INSTRUCTION_SETS, lambda: cpu.rms_norm(x, module.weight.float(), 1e-5))
         alone = torch.cat([cpu.rms_norm(row[None], module.weight.float(), 1e-5) for row in x])
-    unit = 2.0**-7 if dtype == torch.bfloat16 else 2e-6  # a normalised value may fall to either side
+    unit = 2.0**-7 if dtype == torch.bfloat16 else 2e-6  # a normalized value may fall to either side
     for name, out in found.items():
         assert out.dtype == dtype
         torch.testing.assert_close(out.float(), wanted, rtol=unit, atol=1e-30, msg=name)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from glm5.formats.packing import dequantize, unpack
 from glm5.kernels import cpu
-from glm5.kernels.packing import dequantise, unpack
 from tests.kernels.kernel_fixture import (
     FUSED,
     INSTRUCTION_SETS,
@@ -31,7 +31,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def values_of(rounded: cpu.Rounded, weight: Tensor, bits: int) -> Tensor:
-    return dequantise(rounded.words, rounded.scales, bits, weight.shape[1]).double()
+    return dequantize(rounded.words, rounded.scales, bits, weight.shape[1]).double()
 
 
 def lost(

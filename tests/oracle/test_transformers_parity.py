@@ -229,11 +229,11 @@ def test_transformers_reads_what_we_write(case: str, stored: str, tmp_path: Path
 RAGGED = {"hidden_size": 168, "intermediate_size": 300, "moe_intermediate_size": 136, "q_lora_rank": 130}
 EVEN = {"hidden_size": 256, "intermediate_size": 384, "moe_intermediate_size": 128, "q_lora_rank": 128}
 EVEN |= {"kv_lora_rank": 96, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
-QUANTISED = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "wq_b", "wk"}
-QUANTISED |= {"gate_proj", "up_proj", "down_proj"}
+QUANTIZED = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "wq_b", "wk"}
+QUANTIZED |= {"gate_proj", "up_proj", "down_proj"}
 
 
-def dequantised_copy(model: GlmForCausalLM, source: Path, target: Path) -> None:
+def dequantized_copy(model: GlmForCausalLM, source: Path, target: Path) -> None:
     """The fp32 checkpoint that an FP8 one stands for, by code that shares nothing with ours."""
     tensors: dict[str, Tensor] = {}
     for path in source.glob("*.safetensors"):
@@ -255,7 +255,7 @@ def dequantised_copy(model: GlmForCausalLM, source: Path, target: Path) -> None:
 def test_fp8_is_read_as_code_times_scale(model_type: str, tmp_path: Path) -> None:
     model = our_random(model_type, seed=7, **RAGGED)
     save_model(model, tmp_path / "fp8", stored="fp8", shard_bytes=300_000)
-    dequantised_copy(model, tmp_path / "fp8", tmp_path / "fp32")
+    dequantized_copy(model, tmp_path / "fp8", tmp_path / "fp32")
 
     read, wanted = ours(tmp_path / "fp8"), ours(tmp_path / "fp32")
 
@@ -274,14 +274,14 @@ def test_fp8_covers_the_tensors_of_the_official_checkpoints(tmp_path: Path) -> N
     index = ShardIndex(tmp_path)
     for name in index.names:
         module = name.removesuffix(".weight").rpartition(".")[2]
-        assert (index[name].dtype_name == "F8_E4M3") == (module in QUANTISED), name
+        assert (index[name].dtype_name == "F8_E4M3") == (module in QUANTIZED), name
         if name.endswith(("_scale_inv", "correction_bias")):
             assert index[name].dtype_name == "F32"
 
 
 @types
 def test_transformers_reads_our_fp8(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # It asks whether accelerate is there, but needs nothing of it to dequantise on a CPU.
+    # It asks whether accelerate is there, but needs nothing of it to dequantize on a CPU.
     quantizer = "transformers.quantizers.quantizer_finegrained_fp8"
     monkeypatch.setattr(f"{quantizer}.is_accelerate_available", lambda: True)
     index = {"index_head_dim": 48} if model_type == "glm_moe_dsa" else {}

@@ -1,4 +1,4 @@
-"""The directory that `quantise` writes, read by vLLM 0.33 without an accelerator.
+"""The directory that `quantize` writes, read by vLLM 0.33 without an accelerator.
 
 vLLM's own config parser, model classes (the one for CUDA too) and weight loaders, up to the point
 where it would repack the words for a kernel; what its layers hold then is unpacked by compressed-tensors
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from glm5.checkpoint import names
 from glm5.config import MODEL_TYPES
-from glm5.quantize import Recipe, quantise
+from glm5.quantize import Recipe, quantize
 from tests.quantize.quantize_fixture import as_floats, save_source, small_config
 
 os.environ["VLLM_TARGET_DEVICE"] = "cpu"  # which vLLM reads when it is imported; nothing else does
@@ -107,7 +107,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def directory_of(folder: Path, model_type: str, recipe: Recipe) -> Path:
     save_source(folder / "source", small_config(model_type, **WIDTHS, **CHANGES[model_type]))
-    quantise(folder / "source", folder / "int4", recipe)
+    quantize(folder / "source", folder / "int4", recipe)
     return folder / "int4"
 
 

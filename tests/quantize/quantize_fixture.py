@@ -16,7 +16,7 @@ from torch import Tensor
 from glm5.checkpoint import load_model, save_model
 from glm5.config import ModelConfig
 from glm5.kernels import cpu
-from glm5.kernels.modules import PackedExperts, PackedLinear
+from glm5.layers.packed import PackedExperts, PackedLinear
 from glm5.model.transformer import GlmForCausalLM
 from glm5.quantize import Recipe
 from tests.model_fixture import random_ids, tiny_config, tiny_model
@@ -50,7 +50,7 @@ def save_source(
 
 def as_floats(directory: Path, dtype: torch.dtype = torch.float32) -> GlmForCausalLM:
     """The model that a packed directory stands for, unpacked by the reader of compressed-tensors."""
-    return load_model(directory, dtype=dtype, quantise=lambda module: None)
+    return load_model(directory, dtype=dtype, quantize=lambda module: None)
 
 
 def all_weights(model: GlmForCausalLM) -> dict[str, Tensor]:

@@ -13,11 +13,11 @@ from torch import Tensor
 import glm5
 from glm5.checkpoint import ShardIndex, load_model
 from glm5.config import MODEL_TYPES
+from glm5.evaluation.compare import evaluate
 from glm5.model.mtp import MTPLayer
 from glm5.model.transformer import GlmForCausalLM
-from glm5.quantize import Calibration, Recipe, layer_solver, quantise
+from glm5.quantize import Calibration, Recipe, layer_solver, quantize
 from glm5.quantize.directory import WORKING
-from glm5.quantize.evaluation import evaluate
 from glm5.quantize.gptq import Hessian
 from glm5.quantize.hidden import surroundings
 from glm5.quantize.layer_solver import LayerSolver
@@ -103,7 +103,7 @@ def test_every_matrix_is_rounded_on_the_inputs_it_will_have(
     changes = {"index_topk_freq": 2, "index_topk": 12} if model_type == "glm_moe_dsa" else {}
     save_source(tmp_path / "source", small_config(model_type, **changes))
     recipe = Recipe.of(4, 32, ["*.layers.2.*.shared_experts.*=8"], ["*.layers.1.self_attn.[qk]*"])
-    receipt = quantise(tmp_path / "source", tmp_path / "int4", recipe, calibration=windows())
+    receipt = quantize(tmp_path / "source", tmp_path / "int4", recipe, calibration=windows())
 
     wanted = inputs_in(as_floats(tmp_path / "int4"), windows())
     assert hessians.keys() <= receipt["tensors"].keys()
@@ -124,7 +124,7 @@ def test_the_prior_is_the_average_token_of_the_layer(
     """A prior much larger than what an expert saw: its inputs are those of every token."""
     monkeypatch.setattr(layer_solver, "PRIOR", 1e4)
     save_source(tmp_path / "source", small_config(num_nextn_predict_layers=0))
-    quantise(tmp_path / "source", tmp_path / "int4", RECIPE, calibration=windows())
+    quantize(tmp_path / "source", tmp_path / "int4", RECIPE, calibration=windows())
     shared = hessians["model.layers.1.mlp.shared_experts.gate_proj.weight"].blocks[0]
     for expert in range(8):
         name = f"model.layers.1.mlp.experts.{expert}.gate_proj.weight"
@@ -146,8 +146,8 @@ def test_the_result_is_closer_to_its_source_than_with_nearest_codes(
     save_source(tmp_path / "source", config, stored=stored)
     # Few token ids: their embeddings fill less than the width, as real inputs do.
     calibration = Calibration(tuple(tuple(row) for row in random_ids(8, 32, vocab_size=24).tolist()))
-    quantise(tmp_path / "source", tmp_path / "gptq", RECIPE, calibration=calibration)
-    quantise(tmp_path / "source", tmp_path / "nearest", RECIPE)
+    quantize(tmp_path / "source", tmp_path / "gptq", RECIPE, calibration=calibration)
+    quantize(tmp_path / "source", tmp_path / "nearest", RECIPE)
 
     ids = random_ids(4, 32, vocab_size=24, seed=9)
     wanted = load_model(tmp_path / "source", dtype=torch.float32)(ids).logits
@@ -157,8 +157,8 @@ def test_the_result_is_closer_to_its_source_than_with_nearest_codes(
 
 def test_only_codes_and_scales_differ_from_the_nearest_method(tmp_path: Path) -> None:
     save_source(tmp_path / "source")
-    receipt = quantise(tmp_path / "source", tmp_path / "gptq", RECIPE, calibration=windows())
-    other = quantise(tmp_path / "source", tmp_path / "nearest", RECIPE)
+    receipt = quantize(tmp_path / "source", tmp_path / "gptq", RECIPE, calibration=windows())
+    other = quantize(tmp_path / "source", tmp_path / "nearest", RECIPE)
     gptq, nearest = ShardIndex(tmp_path / "gptq"), ShardIndex(tmp_path / "nearest")
     assert sorted(gptq.names) == sorted(nearest.names)
     for name in gptq.names:
@@ -184,8 +184,8 @@ def test_an_expert_without_tokens_gets_the_nearest_codes(tmp_path: Path) -> None
     model = save_source(tmp_path / "source")
     model.model.layers[1].mlp.gate.e_score_correction_bias[3] = -100.0
     glm5.checkpoint.save_model(model, tmp_path / "shunned", stored="bf16")
-    receipt = quantise(tmp_path / "shunned", tmp_path / "gptq", RECIPE, calibration=windows())
-    quantise(tmp_path / "shunned", tmp_path / "nearest", RECIPE)
+    receipt = quantize(tmp_path / "shunned", tmp_path / "gptq", RECIPE, calibration=windows())
+    quantize(tmp_path / "shunned", tmp_path / "nearest", RECIPE)
     gptq, nearest = ShardIndex(tmp_path / "gptq"), ShardIndex(tmp_path / "nearest")
     for projection in ("gate_proj", "up_proj", "down_proj"):
         module = f"model.layers.1.mlp.experts.3.{projection}"
@@ -209,7 +209,7 @@ def test_recipes_of_every_kind(tmp_path: Path, changes: list[str], keep: list[st
         tmp_path / "source", small_config("glm_moe_dsa", index_n_heads=32, num_nextn_predict_layers=2)
     )
     recipe = Recipe.of(4, 32, changes, keep)
-    receipt = quantise(tmp_path / "source", tmp_path / "int4", recipe, calibration=windows())
+    receipt = quantize(tmp_path / "source", tmp_path / "int4", recipe, calibration=windows())
     indexers = [name for name in receipt["tensors"] if ".indexer." in name]
     assert all("output_error" in receipt["tensors"][name] for name in indexers)
     assert bool(indexers) == bool(changes)
@@ -220,8 +220,8 @@ def test_recipes_of_every_kind(tmp_path: Path, changes: list[str], keep: list[st
 def test_shards_do_not_change_the_codes(tmp_path: Path) -> None:
     """A walk that goes on from shard to shard, each forgetting the matrices it holds."""
     save_source(tmp_path / "source")
-    quantise(tmp_path / "source", tmp_path / "one", RECIPE, calibration=windows())
-    quantise(tmp_path / "source", tmp_path / "many", RECIPE, calibration=windows(), shard_bytes=20_000)
+    quantize(tmp_path / "source", tmp_path / "one", RECIPE, calibration=windows())
+    quantize(tmp_path / "source", tmp_path / "many", RECIPE, calibration=windows(), shard_bytes=20_000)
     one, many = as_floats(tmp_path / "one"), as_floats(tmp_path / "many")
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, many.state_dict()[name]), name
@@ -234,7 +234,7 @@ def test_a_finished_shard_leaves_no_second_copy_of_its_codes(tmp_path: Path) -> 
     def count(done: int, total: int) -> None:
         most.append(len(list((tmp_path / "int4").rglob("*.solved"))))
 
-    quantise(
+    quantize(
         tmp_path / "source",
         tmp_path / "int4",
         RECIPE,
@@ -258,7 +258,7 @@ def test_the_embedded_model_answers_more_like_its_source(tmp_path: Path) -> None
     calibration = Calibration.from_texts(tokenizer, num_tokens=2048)
     kl = {}
     for way, text in (("nearest", None), ("gptq", calibration)):
-        quantise(source, tmp_path / way, recipe, calibration=text)
+        quantize(source, tmp_path / way, recipe, calibration=text)
         kl[way] = evaluate(source, tmp_path / way)
     for language in ("en", "zh"):
         assert kl["gptq"][language]["kl"] < 0.8 * kl["nearest"][language]["kl"], kl

@@ -14,7 +14,7 @@ import torch
 
 from glm5.checkpoint import load_model, save_model
 from glm5.errors import CheckpointError, Glm5Error
-from glm5.quantize import Calibration, quantise
+from glm5.quantize import Calibration, quantize
 from glm5.quantize.directory import CALIBRATION_FOLDER, WORKING
 from glm5.quantize.layer_solver import LayerSolver
 from tests.checkpoint.checkpoint_fixture import refused
@@ -28,7 +28,7 @@ TEXT = Calibration(tuple(tuple(row) for row in random_ids(3, 16, vocab_size=64).
 
 
 def start(source: Path, destination: Path, **options: Any) -> dict[str, Any]:
-    return quantise(source, destination, RECIPE, **{"calibration": TEXT, "shard_bytes": SHARD} | options)
+    return quantize(source, destination, RECIPE, **{"calibration": TEXT, "shard_bytes": SHARD} | options)
 
 
 @pytest.fixture(scope="module")

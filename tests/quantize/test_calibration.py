@@ -9,23 +9,23 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from glm5.auto import resolve
 from glm5.checkpoint import load_model
-from glm5.cli import app
+from glm5.cli.app import app
 from glm5.errors import CheckpointError, RecipeError
-from glm5.quantize import Calibration, quantise
+from glm5.evaluation.compare import LANGUAGES
+from glm5.evaluation.compare import _shipped as heldout
+from glm5.hub import resolve
+from glm5.quantize import Calibration, quantize
 from glm5.quantize.calibration import calibration_of, read_texts, shipped_text, tokenizer_of
-from glm5.quantize.evaluation import LANGUAGES
-from glm5.quantize.evaluation import _shipped as heldout
 from glm5.quantize.sources import open_source
-from glm5.special_tokens import GMASK, SOP
-from glm5.tokenizer import Tokenizer
+from glm5.text.control_tokens import GMASK, SOP
+from glm5.text.tokenizer import Tokenizer
 from tests.checkpoint.checkpoint_fixture import refused, with_tensors
 from tests.model_fixture import random_ids
 from tests.quantize.quantize_fixture import RECIPE, contents, save_source, small_config
 from tests.quantize.quantize_fixture import no_flushing as no_flushing
 from tests.runtime.language_model_fixture import tiny_language_model
-from tests.tokenizer_fixture import small_tokenizer
+from tests.text.tokenizer_fixture import small_tokenizer
 
 IDS = Calibration(tuple(tuple(row) for row in random_ids(4, 16).tolist()))
 WIDTHS = {"moe_intermediate_size": 64, "q_lora_rank": 64, "v_head_dim": 24}
@@ -117,7 +117,7 @@ def test_a_source_without_tokenizer_needs_ids(tmp_path: Path) -> None:
     with refused(CheckpointError, tmp_path / "source", "tokenizer.json", "Calibration(input_ids)"):
         calibration_of(tmp_path / "source", "gptq", [], None)
     with refused(CheckpointError, tmp_path / "source", "token 256 is none of its 256"):
-        quantise(tmp_path / "source", tmp_path / "int4", RECIPE, calibration=Calibration(((3, 256),)))
+        quantize(tmp_path / "source", tmp_path / "int4", RECIPE, calibration=Calibration(((3, 256),)))
     assert not (tmp_path / "int4").exists()
 
 
@@ -134,7 +134,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, name: str, said: 
     save_source(tmp_path / "source", small_config("glm_moe_dsa"))
     with_tensors(tmp_path / "source", lambda tensors: tensors[name].fill_(float("nan")))
     with refused(CheckpointError, tmp_path / "source", said):
-        quantise(tmp_path / "source", tmp_path / "int4", RECIPE, calibration=IDS)
+        quantize(tmp_path / "source", tmp_path / "int4", RECIPE, calibration=IDS)
     assert not list(tmp_path.rglob("int4/*.safetensors"))
 
 
@@ -144,8 +144,8 @@ def test_the_disk_must_hold_the_walk_too(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     long = Calibration(tuple(IDS.input_ids * 64))  # 4096 tokens: 2 MB of hidden states
     with refused(CheckpointError, "the disk has"):
-        quantise(tmp_path / "source", tmp_path / "int4", RECIPE, calibration=long)
-    quantise(tmp_path / "source", tmp_path / "int4", RECIPE, restart=True)
+        quantize(tmp_path / "source", tmp_path / "int4", RECIPE, calibration=long)
+    quantize(tmp_path / "source", tmp_path / "int4", RECIPE, restart=True)
 
 
 def test_the_command_line(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     text = (tmp_path / "text.txt").read_text(encoding="utf-8")
     calibration = Calibration.from_texts(small_tokenizer(), [text], 300)
-    quantise(tmp_path / "source", tmp_path / "by hand", RECIPE, calibration=calibration)
+    quantize(tmp_path / "source", tmp_path / "by hand", RECIPE, calibration=calibration)
     assert contents(tmp_path / "int4") == contents(tmp_path / "by hand")
     assert torch.isfinite(load_model(tmp_path / "int4")(random_ids(1, 9)).logits).all()
 

@@ -14,11 +14,12 @@ from safetensors import safe_open
 
 import glm5
 from glm5.checkpoint import ShardIndex, load_model, names, save_model
-from glm5.checkpoint.safetensors_file import SafetensorsFile
-from glm5.checkpoint.shards import INDEX_FILE, SINGLE_FILE
 from glm5.config import MODEL_TYPES, ModelConfig
+from glm5.disk.safetensors_file import SafetensorsFile
+from glm5.disk.shards import INDEX_FILE, SINGLE_FILE
 from glm5.errors import CheckpointError
-from glm5.kernels.modules import (
+from glm5.formats.packing import words_per_row
+from glm5.layers.packed import (
     PROJECTIONS,
     NativeLinear,
     PackedLinear,
@@ -27,10 +28,9 @@ from glm5.kernels.modules import (
     Scheme,
     TiedHead,
 )
-from glm5.kernels.packing import words_per_row
 from glm5.model.transformer import GlmForCausalLM
-from glm5.quantize import Calibration, Recipe, quantise
-from glm5.quantize.directory import ALIGNMENT, RECEIPT_FILE, WORKING, quantised_config
+from glm5.quantize import Calibration, Recipe, quantize
+from glm5.quantize.directory import ALIGNMENT, RECEIPT_FILE, WORKING, quantized_config
 from glm5.quantize.plan import Item
 from tests.checkpoint.checkpoint_fixture import assert_same_bits, refused, with_tensors
 from tests.quantize.quantize_fixture import (
@@ -75,11 +75,11 @@ def relative_errors(directory: Path, source: GlmForCausalLM) -> dict[str, float]
 
 @types
 @stored
-def test_a_packed_model_answers_as_its_dequantised_weights(
+def test_a_packed_model_answers_as_its_dequantized_weights(
     tmp_path: Path, exact_kernels: None, stored: str, model_type: str
 ) -> None:
     save_source(tmp_path / "source", small_config(model_type), stored=stored)
-    quantise(tmp_path / "source", tmp_path / "int4", RECIPE)
+    quantize(tmp_path / "source", tmp_path / "int4", RECIPE)
 
     packed, floats = load_model(tmp_path / "int4", dtype=torch.float32), as_floats(tmp_path / "int4")
 
@@ -92,7 +92,7 @@ def test_a_packed_model_answers_as_its_dequantised_weights(
 @types
 def test_rounded_activations_stay_close(tmp_path: Path, model_type: str) -> None:
     save_source(tmp_path / "source", smooth_config(model_type))
-    quantise(tmp_path / "source", tmp_path / "int4", RECIPE)
+    quantize(tmp_path / "source", tmp_path / "int4", RECIPE)
     packed, floats = load_model(tmp_path / "int4", dtype=torch.float32), as_floats(tmp_path / "int4")
     for ids in (IDS, IDS[:, :1]):
         assert spread(packed(ids).logits, floats(ids).logits) < CLOSE
@@ -106,7 +106,7 @@ def test_every_matrix_loses_what_the_receipt_says(tmp_path: Path, stored: str) -
     source = load_model(tmp_path / "source", dtype=torch.float32)
     recipe = Recipe.of(4, 32, ["*.shared_experts.*=8"], ["*.o_proj"])
     copied = 2**-9 if stored == "fp8" else 0  # as bf16
-    receipt = quantise(tmp_path / "source", tmp_path / "int4", recipe)
+    receipt = quantize(tmp_path / "source", tmp_path / "int4", recipe)
     assert json.loads((tmp_path / "int4" / RECEIPT_FILE).read_text()) == receipt
     told = receipt["tensors"]
     for name, error in relative_errors(tmp_path / "int4", source).items():
@@ -124,10 +124,10 @@ def test_rounding_while_loading_gives_the_same_logits(tmp_path: Path, stored: st
     """In bf16, which is what FP8 becomes on either way."""
     save_source(tmp_path / "source", stored=stored)
     recipe = Recipe.of(4, 32, ["*.shared_experts.*=8", "lm_head=4"], ["model.layers.2.mlp.experts.*"])
-    quantise(tmp_path / "source", tmp_path / "int4", recipe)
+    quantize(tmp_path / "source", tmp_path / "int4", recipe)
     for dtype in (torch.bfloat16, torch.float32)[: 1 if stored == "fp8" else 2]:
         once = load_model(tmp_path / "int4", dtype=dtype)
-        while_loading = load_model(tmp_path / "source", dtype=dtype, quantise=recipe.scheme_of)
+        while_loading = load_model(tmp_path / "source", dtype=dtype, quantize=recipe.scheme_of)
         assert torch.equal(once(IDS).logits, while_loading(IDS).logits)
         assert [type(m) for m in once.modules()] == [type(m) for m in while_loading.modules()]
 
@@ -136,7 +136,7 @@ def test_the_public_door_opens_it(tmp_path: Path) -> None:
     widths = {"moe_intermediate_size": 64, "q_lora_rank": 64, "v_head_dim": 24}
     model = tiny_language_model(**widths)
     model.save_pretrained(tmp_path / "source", stored="bf16")
-    quantise(tmp_path / "source", tmp_path / "int4", RECIPE)
+    quantize(tmp_path / "source", tmp_path / "int4", RECIPE)
     loaded = glm5.load(tmp_path / "int4", dtype="auto")
     assert loaded.tokenizer.encode("The fox, 北京") == model.tokenizer.encode("The fox, 北京")
     assert loaded.config.eos_token_id == model.config.eos_token_id
@@ -150,7 +150,7 @@ def test_the_public_door_opens_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_tied_head_stays_with_the_embedding(tmp_path: Path, exact_kernels: None, tied: bool) -> None:
     save_source(tmp_path / "source", small_config(tie_word_embeddings=tied))
-    quantise(tmp_path / "source", tmp_path / "int4", RECIPE)
+    quantize(tmp_path / "source", tmp_path / "int4", RECIPE)
     packed, floats = load_model(tmp_path / "int4", dtype=torch.float32), as_floats(tmp_path / "int4")
     assert difference(packed(IDS).logits, floats(IDS).logits) < SAME
     assert ("lm_head.weight" in ShardIndex(tmp_path / "int4")) == (not tied)
@@ -164,7 +164,7 @@ def test_an_embedding_is_packed_where_a_pattern_spells_it(
 ) -> None:
     source = save_source(tmp_path / "source", small_config(tie_word_embeddings=tied))
     text = Calibration(tuple(map(tuple, IDS.tolist()))) if calibrated else None
-    quantise(
+    quantize(
         tmp_path / "source",
         tmp_path / "int4",
         Recipe.of(4, 32, ["*.embed_tokens=8:64"], []),
@@ -203,10 +203,10 @@ def test_mixed_bits_come_back(
 ) -> None:
     save_source(tmp_path / "source")
     recipe = Recipe.of(4, 32, changes, keep)
-    quantise(tmp_path / "source", tmp_path / "mixed", recipe)
+    quantize(tmp_path / "source", tmp_path / "mixed", recipe)
     packed, floats = load_model(tmp_path / "mixed", dtype=torch.float32), as_floats(tmp_path / "mixed")
     assert difference(packed(IDS).logits, floats(IDS).logits) < SAME
-    while_loading = load_model(tmp_path / "source", dtype=torch.float32, quantise=recipe.scheme_of)
+    while_loading = load_model(tmp_path / "source", dtype=torch.float32, quantize=recipe.scheme_of)
     assert torch.equal(packed(IDS).logits, while_loading(IDS).logits)
 
 
@@ -217,13 +217,13 @@ def test_a_recipe_that_parts_the_experts_of_a_layer_is_refused_before_writing(
     save_source(tmp_path / "source")
     recipe = Recipe.of(4, 32, [rule], [])
     with refused(CheckpointError, "experts"):
-        quantise(tmp_path / "source", tmp_path / "mixed", recipe)
+        quantize(tmp_path / "source", tmp_path / "mixed", recipe)
     assert not list(tmp_path.glob("mixed/**/*.safetensors"))
 
 
 def test_a_recipe_that_keeps_everything_gives_a_plain_copy(tmp_path: Path) -> None:
     save_source(tmp_path / "source")
-    quantise(tmp_path / "source", tmp_path / "copy", Recipe.of(4, 32, [], ["*"]))
+    quantize(tmp_path / "source", tmp_path / "copy", Recipe.of(4, 32, [], ["*"]))
     copy, source = (load_model(tmp_path / name, dtype=torch.float32) for name in ("copy", "source"))
     assert torch.equal(copy(IDS).logits, source(IDS).logits)
     assert "quantization_config" not in json.loads((tmp_path / "copy" / "config.json").read_text())
@@ -246,7 +246,7 @@ def targets_of(recipe: Recipe) -> list[list[str]]:
         )
         for module in modules
     ]
-    extra = quantised_config(small_config(), items).extra["quantization_config"]
+    extra = quantized_config(small_config(), items).extra["quantization_config"]
     return [group["targets"] for group in extra["config_groups"].values()]
 
 
@@ -270,7 +270,7 @@ def test_a_head_of_one_scheme_is_named_for_vllm() -> None:
 def test_the_config_tells_other_readers_all(tmp_path: Path, model_type: str) -> None:
     config = small_config(model_type)
     save_source(tmp_path / "source", config, stored="fp8")
-    quantise(tmp_path / "source", tmp_path / "int4", RECIPE)
+    quantize(tmp_path / "source", tmp_path / "int4", RECIPE)
     index, settings = ShardIndex(tmp_path / "int4"), settings_of(tmp_path / "int4")
 
     assert settings["quant_method"] == "compressed-tensors"
@@ -297,7 +297,7 @@ def test_the_config_tells_other_readers_all(tmp_path: Path, model_type: str) -> 
 
 def test_the_official_reader_finds_words_scales_and_shapes(tmp_path: Path) -> None:
     source = save_source(tmp_path / "source")
-    quantise(tmp_path / "source", tmp_path / "int4", Recipe.of(4, 32, ["*.o_proj=8"], []), shard_bytes=60_000)
+    quantize(tmp_path / "source", tmp_path / "int4", Recipe.of(4, 32, ["*.o_proj=8"], []), shard_bytes=60_000)
     weight_map = json.loads((tmp_path / "int4" / INDEX_FILE).read_text())
     shapes = {p.name: p.of(names.state_tensors(source)[p.parameter]).shape for p in names.pieces(source)}
     found: dict[str, Any] = {}
@@ -343,7 +343,7 @@ def test_an_expert_is_one_run_on_a_page_boundary(tmp_path: Path, shard_bytes: in
         hidden_size=256, moe_intermediate_size=256, num_hidden_layers=2, num_nextn_predict_layers=0
     )
     save_source(tmp_path / "source", config)
-    quantise(tmp_path / "source", tmp_path / "int4", RECIPE, shard_bytes=shard_bytes)
+    quantize(tmp_path / "source", tmp_path / "int4", RECIPE, shard_bytes=shard_bytes)
     experts = 0
     for path in (tmp_path / "int4").glob("*.safetensors"):
         for expert, parts in expert_runs(path).items():
@@ -357,7 +357,7 @@ def test_experts_of_any_size_stay_together_and_first(tmp_path: Path) -> None:
     save_source(tmp_path / "source")
     for shard_bytes in (1, 30_000, 10**9):
         place = tmp_path / str(shard_bytes)
-        quantise(tmp_path / "source", place, RECIPE, shard_bytes=shard_bytes)
+        quantize(tmp_path / "source", place, RECIPE, shard_bytes=shard_bytes)
         paths, experts = list(place.glob("*.safetensors")), 0
         for path in paths:
             starts = {name: info.start for name, info in SafetensorsFile(path).tensors.items()}
@@ -379,12 +379,12 @@ def test_experts_of_any_size_stay_together_and_first(tmp_path: Path) -> None:
 
 def test_the_receipt_counts_bytes(tmp_path: Path) -> None:
     save_source(tmp_path / "source")
-    receipt = quantise(tmp_path / "source", tmp_path / "int4", RECIPE)
+    receipt = quantize(tmp_path / "source", tmp_path / "int4", RECIPE)
     index, source = ShardIndex(tmp_path / "int4"), ShardIndex(tmp_path / "source")
     assert receipt["total_bytes"] == sum(index[name].num_bytes for name in index.names)
     assert receipt["source_bytes"] == sum(source[name].num_bytes for name in source.names)
     assert receipt["recipe"] == {"bits": 4, "group": 32, "rules": []}
-    assert 4.5 < receipt["bits_per_quantised_weight"] < 4.6
+    assert 4.5 < receipt["bits_per_quantized_weight"] < 4.6
     assert 0 < receipt["bytes_per_token"] < receipt["total_bytes"]
 
 
@@ -394,7 +394,7 @@ def test_side_files_go_along_and_nothing_else(tmp_path: Path) -> None:
     )
     (tmp_path / "a" / "LICENSE").write_text("as the source's")
     (tmp_path / "a" / "notes.py").write_text("print('no')")
-    quantise(tmp_path / "a", tmp_path / "b", RECIPE)
+    quantize(tmp_path / "a", tmp_path / "b", RECIPE)
     before, after = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert set(after) == set(before) - {"notes.py"} | {RECEIPT_FILE}
     for name in set(after) - {RECEIPT_FILE, "config.json", SINGLE_FILE}:
@@ -404,7 +404,7 @@ def test_side_files_go_along_and_nothing_else(tmp_path: Path) -> None:
 def test_progress_rises_to_all_of_the_source(tmp_path: Path) -> None:
     save_source(tmp_path / "source")
     calls: list[tuple[int, int]] = []
-    receipt = quantise(
+    receipt = quantize(
         tmp_path / "source",
         tmp_path / "int4",
         RECIPE,
@@ -419,7 +419,7 @@ def test_progress_rises_to_all_of_the_source(tmp_path: Path) -> None:
 def test_the_same_call_gives_the_same_bytes(tmp_path: Path) -> None:
     save_source(tmp_path / "source")
     for place in ("a", "b"):
-        quantise(str(tmp_path / "source"), str(tmp_path / place), RECIPE, shard_bytes=60_000)
+        quantize(str(tmp_path / "source"), str(tmp_path / place), RECIPE, shard_bytes=60_000)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert not (tmp_path / "a" / WORKING).exists()
 
@@ -442,9 +442,9 @@ def fuse_experts(directory: Path, model: GlmForCausalLM) -> None:
 
 def test_experts_stored_as_one_bank_are_read(tmp_path: Path) -> None:
     model = save_source(tmp_path / "source")
-    quantise(tmp_path / "source", tmp_path / "wanted", RECIPE)
+    quantize(tmp_path / "source", tmp_path / "wanted", RECIPE)
     fuse_experts(tmp_path / "source", model)
-    quantise(tmp_path / "source", tmp_path / "int4", RECIPE)
+    quantize(tmp_path / "source", tmp_path / "int4", RECIPE)
     assert contents(tmp_path / "int4") == contents(tmp_path / "wanted")
 
 
@@ -456,10 +456,10 @@ def test_experts_stored_as_one_bank_are_rounded_while_loading(
     recipe = Recipe.of(4, 32, changes, keep)
     model = save_source(tmp_path / "source", small_config(model_type))
     fuse_experts(tmp_path / "source", model)
-    quantise(tmp_path / "source", tmp_path / "int4", recipe)
+    quantize(tmp_path / "source", tmp_path / "int4", recipe)
     calls: list[tuple[int, int]] = []
     found = load_model(
-        tmp_path / "source", quantise=recipe.scheme_of, progress=lambda *call: calls.append(call)
+        tmp_path / "source", quantize=recipe.scheme_of, progress=lambda *call: calls.append(call)
     )
     assert_same_bits(all_weights(found), all_weights(load_model(tmp_path / "int4")))
     index = ShardIndex(tmp_path / "source")
@@ -469,12 +469,12 @@ def test_experts_stored_as_one_bank_are_rounded_while_loading(
 def test_the_weights_of_others_are_rounded_again(tmp_path: Path, exact_kernels: None) -> None:
     """An int8 directory (without our mark) is a source like any other."""
     save_source(tmp_path / "source")
-    quantise(tmp_path / "source", tmp_path / "int8", Recipe(8, 32))
+    quantize(tmp_path / "source", tmp_path / "int8", Recipe(8, 32))
     path = tmp_path / "int8" / "config.json"
     config = json.loads(path.read_text())
     del config["quantization_config"]["glm5"]
     path.write_text(json.dumps(config))
-    quantise(tmp_path / "int8", tmp_path / "int4", RECIPE)
+    quantize(tmp_path / "int8", tmp_path / "int4", RECIPE)
     packed, floats = load_model(tmp_path / "int4", dtype=torch.float32), as_floats(tmp_path / "int4")
     assert difference(packed(IDS).logits, floats(IDS).logits) < SAME
     for name, error in relative_errors(tmp_path / "int4", as_floats(tmp_path / "int8")).items():
@@ -487,7 +487,7 @@ def test_a_gguf_file_is_a_source(tmp_path: Path, exact_kernels: None, model_type
     fixture = pytest.importorskip("tests.checkpoint.gguf.gguf_fixture")
     model = fixture.lively_model(small_config(model_type))
     path = fixture.write_model(tmp_path / "model.gguf", model, kind)
-    quantise(path, tmp_path / "int4", RECIPE, shard_bytes=100_000)
+    quantize(path, tmp_path / "int4", RECIPE, shard_bytes=100_000)
     packed, floats = load_model(tmp_path / "int4", dtype=torch.float32), as_floats(tmp_path / "int4")
     assert difference(packed(IDS).logits, floats(IDS).logits) < SAME
     for name, error in relative_errors(tmp_path / "int4", model).items():
@@ -495,17 +495,17 @@ def test_a_gguf_file_is_a_source(tmp_path: Path, exact_kernels: None, model_type
     assert packed.config.model_type == model_type
 
 
-def test_a_model_without_experts_or_mtp_is_quantised(tmp_path: Path, exact_kernels: None) -> None:
+def test_a_model_without_experts_or_mtp_is_quantized(tmp_path: Path, exact_kernels: None) -> None:
     config = small_config(first_k_dense_replace=3, num_nextn_predict_layers=0, mlp_layer_types=None)
     save_source(tmp_path / "source", config)
-    quantise(tmp_path / "source", tmp_path / "int4", RECIPE)
+    quantize(tmp_path / "source", tmp_path / "int4", RECIPE)
     packed, floats = load_model(tmp_path / "int4", dtype=torch.float32), as_floats(tmp_path / "int4")
     assert difference(packed(IDS).logits, floats(IDS).logits) < SAME
 
 
 def test_an_int4_model_is_not_saved_from_memory(tmp_path: Path) -> None:
     save_source(tmp_path / "source")
-    model = load_model(tmp_path / "source", quantise=RECIPE.scheme_of)
+    model = load_model(tmp_path / "source", quantize=RECIPE.scheme_of)
     with refused(CheckpointError, "packed integers"):
         save_model(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()

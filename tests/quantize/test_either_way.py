@@ -1,4 +1,4 @@
-"""Rounded while it is loaded or by `quantise`, a weight gets the same codes, whatever form it has on disk."""
+"""Rounded while it is loaded or by `quantize`, a weight gets the same codes, whatever form it has on disk."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from glm5.checkpoint import load_model, names
-from glm5.checkpoint.fp8 import block_quantise
-from glm5.quantize import Recipe, quantise
+from glm5.formats.fp8 import block_quantize
+from glm5.quantize import Recipe, quantize
 from glm5.quantize.plan import plan
 from glm5.quantize.sources import open_source
 from tests.checkpoint.checkpoint_fixture import Tensors, assert_same_bits, with_json, with_tensors
@@ -81,7 +81,7 @@ def nvfp4(weight: Tensor, draw: Draw, codes: str = "weight", whole: str = "weigh
 
 
 def block_fp8(weight: Tensor, draw: Draw) -> Tensors:
-    codes, scale = block_quantise(weight)
+    codes, scale = block_quantize(weight)
     return {"weight": codes, "weight_scale_inv": scale}
 
 
@@ -155,9 +155,9 @@ def source_of(directory: Path, form: str) -> Path:
 @pytest.mark.parametrize("recipe", [RECIPE, MIXED], ids=["all", "mixed"])
 def test_every_form_gets_the_same_codes_either_way(tmp_path: Path, form: str, recipe: Recipe) -> None:
     source = source_of(tmp_path / "source", form)
-    quantise(source, tmp_path / "int4", recipe)
+    quantize(source, tmp_path / "int4", recipe)
     for dtype in (torch.bfloat16, torch.float32):
-        found = all_weights(load_model(source, dtype=dtype, quantise=recipe.scheme_of))
+        found = all_weights(load_model(source, dtype=dtype, quantize=recipe.scheme_of))
         wanted = all_weights(load_model(tmp_path / "int4", dtype=dtype))
         if dtype == torch.float32 and form not in ("fp64", "fp32", "fp16", "bf16"):
             # Copies of what had to be decoded are bf16 on disk.

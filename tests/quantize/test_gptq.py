@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from glm5.formats.packing import dequantize
 from glm5.kernels import cpu
-from glm5.kernels.modules import Scheme
-from glm5.kernels.packing import dequantise
+from glm5.layers.packed import Scheme
 from glm5.quantize import gptq
 from glm5.quantize.gptq import Factor, Hessian, Solved, output_errors, solve
 
@@ -36,7 +36,7 @@ def hessian_of(x: Tensor, group: int = 32) -> Hessian:
 
 
 def unpacked(solved: Solved | cpu.Rounded, scheme: Scheme, columns: int) -> Tensor:
-    return dequantise(solved.words, solved.scales, scheme.bits, columns)
+    return dequantize(solved.words, solved.scales, scheme.bits, columns)
 
 
 def assert_nearest(weight: Tensor, hessian: Hessian, scheme: Scheme) -> None:

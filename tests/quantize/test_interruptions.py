@@ -14,7 +14,7 @@ import pytest
 
 from glm5.checkpoint import load_model, save_model
 from glm5.errors import CheckpointError, ConfigError, Glm5Error
-from glm5.quantize import Recipe, directory, quantise
+from glm5.quantize import Recipe, directory, quantize
 from glm5.quantize.directory import PLAN_FILE, WORKING
 from tests.checkpoint.checkpoint_fixture import refused
 from tests.checkpoint.test_writing import in_child
@@ -26,7 +26,7 @@ SHARD = 12_000  # bytes: four shards
 
 
 def start(source: Path, destination: Path, **options: Any) -> dict[str, Any]:
-    return quantise(source, destination, RECIPE, shard_bytes=SHARD, **options)
+    return quantize(source, destination, RECIPE, shard_bytes=SHARD, **options)
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +169,9 @@ def test_a_half_done_job_is_not_mixed_with_another(tmp_path: Path, places: tuple
     half_done(source, destination)
     before = contents(destination)
     for job in (
-        lambda: quantise(source, destination, Recipe(8, 32), shard_bytes=SHARD),
-        lambda: quantise(source, destination, Recipe(4, 32, (("*.o_proj", 0),)), shard_bytes=SHARD),
-        lambda: quantise(source, destination, RECIPE, shard_bytes=SHARD + 1),
+        lambda: quantize(source, destination, Recipe(8, 32), shard_bytes=SHARD),
+        lambda: quantize(source, destination, Recipe(4, 32, (("*.o_proj", 0),)), shard_bytes=SHARD),
+        lambda: quantize(source, destination, RECIPE, shard_bytes=SHARD + 1),
         lambda: start(other, destination),
     ):
         with refused(CheckpointError, destination / WORKING, "another source or recipe", "--restart"):
@@ -194,8 +194,8 @@ def test_restart_begins_anew(tmp_path: Path, places: tuple[Path, Path]) -> None:
     source, whole = places
     half_done(source, tmp_path / "int4")
     recipe = Recipe(8, 32)
-    quantise(source, tmp_path / "int4", recipe, shard_bytes=SHARD, restart=True)
-    quantise(source, tmp_path / "wanted", recipe, shard_bytes=SHARD)
+    quantize(source, tmp_path / "int4", recipe, shard_bytes=SHARD, restart=True)
+    quantize(source, tmp_path / "wanted", recipe, shard_bytes=SHARD)
     assert contents(tmp_path / "int4") == contents(tmp_path / "wanted")
     start(source, tmp_path / "new", restart=True)  # nothing to throw away
     assert contents(tmp_path / "new") == contents(whole)
@@ -298,15 +298,15 @@ def test_a_job_cut_while_its_files_move_is_finished_or_begun_anew(
         assert contents(tmp_path / name) == contents(whole)
     cut_while_moving(source, tmp_path / "other", moved)
     with refused(CheckpointError, "another source or recipe"):
-        quantise(source, tmp_path / "other", Recipe(8, 32))
+        quantize(source, tmp_path / "other", Recipe(8, 32))
 
 
 def test_another_job_leaves_nothing_of_one_cut_while_its_files_moved(
     tmp_path: Path, places: tuple[Path, Path]
 ) -> None:
     cut_while_moving(places[0], tmp_path / "int4", moved=3)  # of four shards
-    quantise(places[0], tmp_path / "int4", Recipe(8, 32), restart=True)  # all in one
-    quantise(places[0], tmp_path / "wanted", Recipe(8, 32))
+    quantize(places[0], tmp_path / "int4", Recipe(8, 32), restart=True)  # all in one
+    quantize(places[0], tmp_path / "wanted", Recipe(8, 32))
     assert contents(tmp_path / "int4") == contents(tmp_path / "wanted")
 
 
@@ -326,7 +326,7 @@ def test_restart_does_not_take_a_finished_job_for_another(tmp_path: Path, places
             start(source, tmp_path / "int4")
     load_model(tmp_path / "int4")
     with suppress(CheckpointError):  # refused, or done: but not told as done
-        receipt = quantise(source, tmp_path / "int4", Recipe(8, 32), restart=True)
+        receipt = quantize(source, tmp_path / "int4", Recipe(8, 32), restart=True)
         assert receipt["recipe"]["bits"] == 8
     start_again = contents(tmp_path / "int4")
     assert all(start_again[name] == content for name, content in contents(whole).items())

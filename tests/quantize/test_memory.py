@@ -1,4 +1,4 @@
-"""Quantising takes one tensor and what becomes of it, measured by the kernel in a process of its own."""
+"""Quantizing takes one tensor and what becomes of it, measured by the kernel in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from glm5.checkpoint import ShardIndex, names, save_model
-from glm5.checkpoint.safetensors_file import PlannedTensor, write_safetensors
-from glm5.checkpoint.shards import SINGLE_FILE
+from glm5.disk.safetensors_file import PlannedTensor, write_safetensors
+from glm5.disk.shards import SINGLE_FILE
 from glm5.model.transformer import GlmForCausalLM
 from glm5.quantize.sources import BAND_BYTES
 from tests.quantize.quantize_fixture import save_source, small_config
@@ -25,7 +25,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from glm5.quantize import Recipe, quantise
+from glm5.quantize import Recipe, quantize
 
 def status(key):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))
@@ -33,13 +33,13 @@ def status(key):
 
 torch.set_num_threads(1)
 large, small, out = map(Path, sys.argv[1:])
-quantise(small, out / "small", Recipe(4, 32))
+quantize(small, out / "small", Recipe(4, 32))
 try:
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 except OSError:
     pass
 before = status("VmRSS")
-quantise(large, out / "large", Recipe(4, 32))
+quantize(large, out / "large", Recipe(4, 32))
 print(json.dumps(status("VmHWM") - before))
 """
 
@@ -78,8 +78,8 @@ def test_the_peak_is_one_tensor_and_its_codes(tmp_path: Path) -> None:
 
 
 MEASURE_HEAD = MEASURE.replace(
-    'quantise(large, out / "large", Recipe(4, 32))',
-    'quantise(large, out / "large", Recipe(4, 32, (("lm_head", 8), ("*.embed_tokens", 8))))',
+    'quantize(large, out / "large", Recipe(4, 32))',
+    'quantize(large, out / "large", Recipe(4, 32, (("lm_head", 8), ("*.embed_tokens", 8))))',
 )
 
 
@@ -103,8 +103,8 @@ def test_a_head_is_rounded_in_bands(tmp_path: Path) -> None:
 
 
 MEASURE_CALIBRATED = MEASURE.replace(
-    "from glm5.quantize import Recipe, quantise",
-    "from glm5.quantize import Calibration, Recipe, quantise\n"
+    "from glm5.quantize import Recipe, quantize",
+    "from glm5.quantize import Calibration, Recipe, quantize\n"
     "text = Calibration(tuple(tuple(range(start, start + 64)) for start in range(8)))",
 ).replace("Recipe(4, 32))", "Recipe(4, 32), calibration=text)")
 
@@ -123,14 +123,14 @@ def test_a_calibrated_job_holds_one_expert(tmp_path: Path) -> None:
 
 
 MEASURE_LOADING = (
-    MEASURE.replace("import Recipe, quantise", "import Recipe")
+    MEASURE.replace("import Recipe, quantize", "import Recipe")
     .replace("def status", "from glm5.checkpoint import load_model\n\ndef status")
     .replace(
-        'quantise(small, out / "small", Recipe(4, 32))', "load_model(small, quantise=Recipe(4, 32).scheme_of)"
+        'quantize(small, out / "small", Recipe(4, 32))', "load_model(small, quantize=Recipe(4, 32).scheme_of)"
     )
     .replace(
-        'quantise(large, out / "large", Recipe(4, 32))',
-        "model = load_model(large, quantise=Recipe(4, 32).scheme_of)\n"
+        'quantize(large, out / "large", Recipe(4, 32))',
+        "model = load_model(large, quantize=Recipe(4, 32).scheme_of)\n"
         "before += sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])",
     )
 )

@@ -8,7 +8,7 @@ import torch
 from glm5.checkpoint import names
 from glm5.config import MODEL_TYPES
 from glm5.errors import RecipeError
-from glm5.kernels.modules import Scheme
+from glm5.layers.packed import Scheme
 from glm5.model.transformer import GlmForCausalLM
 from glm5.quantize import Recipe, widest_group
 from tests.checkpoint.checkpoint_fixture import refused

@@ -1,4 +1,4 @@
-"""What cannot be quantised is refused in one line, before anything is written that looks like a model."""
+"""What cannot be quantized is refused in one line, before anything is written that looks like a model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from glm5.checkpoint import load_model
-from glm5.checkpoint.shards import SINGLE_FILE
+from glm5.disk.shards import SINGLE_FILE
 from glm5.errors import CheckpointError, ConfigError, Glm5Error, RecipeError
-from glm5.quantize import Recipe, quantise
+from glm5.quantize import Recipe, quantize
 from tests.checkpoint.checkpoint_fixture import Tensors, refused, with_json, with_tensors
 from tests.quantize.quantize_fixture import RECIPE, contents, save_source, small_config
 from tests.quantize.quantize_fixture import no_flushing as no_flushing
@@ -58,17 +58,17 @@ def test_a_weight_that_is_not_finite_is_named(
 ) -> None:
     source = Path(shutil.copytree(sources[stored], tmp_path / "source"))
     with_tensors(source, lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
-    with refused(CheckpointError, source, name, "cannot be quantised"):
-        quantise(source, tmp_path / "int4", RECIPE)
+    with refused(CheckpointError, source, name, "cannot be quantized"):
+        quantize(source, tmp_path / "int4", RECIPE)
     assert_nothing_written(tmp_path / "int4")
-    with refused(CheckpointError, source, name, "cannot be quantised"):
-        load_model(source, quantise=RECIPE.scheme_of)
+    with refused(CheckpointError, source, name, "cannot be quantized"):
+        load_model(source, quantize=RECIPE.scheme_of)
 
 
 def test_a_broken_weight_in_a_late_shard_leaves_no_checkpoint(tmp_path: Path, source: Path) -> None:
     with_tensors(source, lambda tensors: tensors[UP].view(-1)[:1].fill_(float("nan")))
     with refused(CheckpointError, UP):
-        quantise(source, tmp_path / "int4", RECIPE, shard_bytes=50_000)
+        quantize(source, tmp_path / "int4", RECIPE, shard_bytes=50_000)
     assert not (tmp_path / "int4" / "config.json").exists()
     assert not list((tmp_path / "int4").glob("*.safetensors"))
     assert not list((tmp_path / "int4").rglob("*.tmp"))
@@ -79,7 +79,7 @@ def test_a_nan_of_fp8_is_refused(tmp_path: Path, sources: dict[str, Path], code:
     source = Path(shutil.copytree(sources["fp8"], tmp_path / "source"))
     with_tensors(source, lambda tensors: tensors[O_PROJ].view(torch.uint8).view(-1)[7:8].fill_(code))
     with refused(CheckpointError, O_PROJ):
-        quantise(source, tmp_path / "int4", RECIPE)
+        quantize(source, tmp_path / "int4", RECIPE)
     assert_nothing_written(tmp_path / "int4")
 
 
@@ -120,7 +120,7 @@ def test_a_source_that_load_model_refuses_is_refused(
     with refused(CheckpointError, word):
         load_model(source)
     with refused(CheckpointError, word):
-        quantise(source, tmp_path / "int4", RECIPE)
+        quantize(source, tmp_path / "int4", RECIPE)
     assert not (tmp_path / "int4").exists()
 
 
@@ -148,10 +148,10 @@ def test_a_bank_of_experts_that_does_not_fit_is_refused(
 
     with_tensors(source, fuse)
     with refused(CheckpointError, source, *words):
-        quantise(source, tmp_path / "int4", RECIPE)
+        quantize(source, tmp_path / "int4", RECIPE)
     assert not (tmp_path / "int4").exists()
     with refused(CheckpointError, source, *words):
-        load_model(source, quantise=RECIPE.scheme_of)
+        load_model(source, quantize=RECIPE.scheme_of)
 
 
 def test_an_expert_beside_its_bank_is_refused(tmp_path: Path, source: Path) -> None:
@@ -163,9 +163,9 @@ def test_an_expert_beside_its_bank_is_refused(tmp_path: Path, source: Path) -> N
     with_tensors(source, both)
     words = (f"{BANK}.0.gate_proj.weight is stored a second time within {BANK}.gate_up_proj",)
     with refused(CheckpointError, source, *words):
-        quantise(source, tmp_path / "int4", RECIPE)
+        quantize(source, tmp_path / "int4", RECIPE)
     with refused(CheckpointError, source, *words):
-        load_model(source, quantise=RECIPE.scheme_of)
+        load_model(source, quantize=RECIPE.scheme_of)
 
 
 def test_a_broken_weight_in_a_bank_is_named(tmp_path: Path, source: Path) -> None:
@@ -176,10 +176,10 @@ def test_a_broken_weight_in_a_bank_is_named(tmp_path: Path, source: Path) -> Non
 
     with_tensors(source, fuse)
     for job in (
-        lambda: quantise(source, tmp_path / "int4", RECIPE),
-        lambda: load_model(source, quantise=RECIPE.scheme_of),
+        lambda: quantize(source, tmp_path / "int4", RECIPE),
+        lambda: load_model(source, quantize=RECIPE.scheme_of),
     ):
-        with refused(CheckpointError, source, f"{BANK}.5.down_proj.weight", "cannot be quantised"):
+        with refused(CheckpointError, source, f"{BANK}.5.down_proj.weight", "cannot be quantized"):
             job()
 
 
@@ -206,20 +206,20 @@ def test_a_group_that_does_not_divide_is_refused_with_advice(
 ) -> None:
     save_source(tmp_path / "source", small_config(**changes))
     with refused(CheckpointError, tmp_path / "source", name, *advice.split("|")):
-        quantise(tmp_path / "source", tmp_path / "int4", Recipe(4, group))
+        quantize(tmp_path / "source", tmp_path / "int4", Recipe(4, group))
     assert not (tmp_path / "int4").exists()
 
 
 def test_the_advice_to_keep_a_module_helps(tmp_path: Path) -> None:
     save_source(tmp_path / "source", small_config(q_lora_rank=48))
     recipe = Recipe.of(4, 32, [], ["*.q_b_proj"])
-    quantise(tmp_path / "source", tmp_path / "int4", recipe)
+    quantize(tmp_path / "source", tmp_path / "int4", recipe)
     assert load_model(tmp_path / "int4").model.layers[0].self_attn.q_b_proj.weight.shape == (96, 48)
 
 
 def test_while_loading_widths_without_whole_groups_stay_floats(tmp_path: Path) -> None:
     save_source(tmp_path / "source", small_config(q_lora_rank=48))
-    attention = load_model(tmp_path / "source", quantise=RECIPE.scheme_of).model.layers[0].self_attn
+    attention = load_model(tmp_path / "source", quantize=RECIPE.scheme_of).model.layers[0].self_attn
     assert attention.q_b_proj.weight.dtype == torch.bfloat16
     assert attention.q_a_proj.words.dtype == torch.int32
 
@@ -248,7 +248,7 @@ def test_a_pattern_that_fits_no_module_is_named_with_advice(
     tmp_path: Path, source: Path, pattern: str, advice: str, bits: int
 ) -> None:
     with refused(RecipeError, repr(pattern), "fits no module", source, advice):
-        quantise(source, tmp_path / "int4", Recipe(4, 32, (("*.o_proj", 8), (pattern, bits))))
+        quantize(source, tmp_path / "int4", Recipe(4, 32, (("*.o_proj", 8), (pattern, bits))))
     assert not (tmp_path / "int4").exists()
 
 
@@ -261,15 +261,15 @@ def test_a_pattern_that_fits_no_module_is_named_with_advice(
         ("lm_head", "lm_head"),
     ],
 )
-def test_a_pattern_that_fits_only_what_is_never_quantised_says_so(
+def test_a_pattern_that_fits_only_what_is_never_quantized_says_so(
     tmp_path: Path, pattern: str, module: str
 ) -> None:
     save_source(tmp_path / "source", small_config(tie_word_embeddings=True))
     for rule in ((pattern, 8), (pattern, 0)):
         with refused(
-            RecipeError, repr(pattern), f"such as {module},", "never quantised", tmp_path / "source"
+            RecipeError, repr(pattern), f"such as {module},", "never quantized", tmp_path / "source"
         ):
-            quantise(tmp_path / "source", tmp_path / "int4", Recipe(4, 32, (rule,)))
+            quantize(tmp_path / "source", tmp_path / "int4", Recipe(4, 32, (rule,)))
     assert not (tmp_path / "int4").exists()
 
 
@@ -277,26 +277,26 @@ def test_a_group_of_a_pattern_that_fills_no_width_is_told_with_the_pattern(
     tmp_path: Path, source: Path
 ) -> None:
     with refused(CheckpointError, "model.embed_tokens.weight", "64 wide", "a pattern that ends in :64"):
-        quantise(source, tmp_path / "int4", Recipe(4, 32, (("*.embed_tokens", 8, 96),)))
+        quantize(source, tmp_path / "int4", Recipe(4, 32, (("*.embed_tokens", 8, 96),)))
     assert not (tmp_path / "int4").exists()
 
 
 def test_a_mistyped_pattern_counts_before_the_group_that_it_was_to_keep(tmp_path: Path) -> None:
     save_source(tmp_path / "source", small_config(q_lora_rank=48))
     with refused(RecipeError, "'*.q_b_porj'", "did you mean '*.q_b_proj'"):
-        quantise(tmp_path / "source", tmp_path / "int4", Recipe.of(4, 32, [], ["*.q_b_porj"]))
+        quantize(tmp_path / "source", tmp_path / "int4", Recipe.of(4, 32, [], ["*.q_b_porj"]))
 
 
 # --- places -----------------------------------------------------------------------------------------
 
 
 def test_a_destination_with_a_checkpoint_is_left_alone(tmp_path: Path, source: Path) -> None:
-    quantise(source, tmp_path / "int4", RECIPE)
+    quantize(source, tmp_path / "int4", RECIPE)
     before = contents(tmp_path)
     for destination, words in ((tmp_path / "int4", "holds a checkpoint already"), (source, "is the source")):
         for restart in (False, True):
             with refused(CheckpointError, destination, words):
-                quantise(source, destination, RECIPE, restart=restart)
+                quantize(source, destination, RECIPE, restart=restart)
     assert contents(tmp_path) == before
 
 
@@ -306,14 +306,14 @@ def test_weights_without_a_config_are_left_alone(tmp_path: Path, source: Path, n
     (tmp_path / "int4").mkdir()
     (tmp_path / "int4" / name).write_bytes(b"someone's weights")
     with suppress(CheckpointError):
-        quantise(source, tmp_path / "int4", RECIPE)
+        quantize(source, tmp_path / "int4", RECIPE)
     assert (tmp_path / "int4" / name).read_bytes() == b"someone's weights"
 
 
 def test_a_file_is_no_destination(tmp_path: Path, source: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with refused(CheckpointError, tmp_path / "file", "cannot be written"):
-        quantise(source, tmp_path / "file", RECIPE)
+        quantize(source, tmp_path / "file", RECIPE)
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -324,9 +324,9 @@ def test_a_disk_that_is_too_small_is_told_before_writing(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10_000_000))
         with refused(CheckpointError, tmp_path / "int4", "0.1 GB are needed", "0.0 GB", "another directory"):
-            quantise(source, tmp_path / "int4", RECIPE)
+            quantize(source, tmp_path / "int4", RECIPE)
     assert_nothing_written(tmp_path / "int4")
-    quantise(source, tmp_path / "int4", RECIPE)
+    quantize(source, tmp_path / "int4", RECIPE)
     load_model(tmp_path / "int4")
 
 
@@ -334,16 +334,16 @@ def test_a_disk_that_is_too_small_is_told_before_writing(
 def test_a_place_that_may_not_be_written_is_told(tmp_path: Path, source: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     with refused(CheckpointError, tmp_path / "locked", "cannot be written"):
-        quantise(source, tmp_path / "locked" / "int4", RECIPE)
+        quantize(source, tmp_path / "locked" / "int4", RECIPE)
 
 
 # --- sources ----------------------------------------------------------------------------------------
 
 
-def test_what_glm5_has_quantised_is_no_source(tmp_path: Path, source: Path) -> None:
-    quantise(source, tmp_path / "int4", RECIPE)
-    with refused(CheckpointError, tmp_path / "int4", "quantised by glm5 already"):
-        quantise(tmp_path / "int4", tmp_path / "again", Recipe(8, 32))
+def test_what_glm5_has_quantized_is_no_source(tmp_path: Path, source: Path) -> None:
+    quantize(source, tmp_path / "int4", RECIPE)
+    with refused(CheckpointError, tmp_path / "int4", "quantized by glm5 already"):
+        quantize(tmp_path / "int4", tmp_path / "again", Recipe(8, 32))
     assert not (tmp_path / "again").exists()
 
 
@@ -362,10 +362,10 @@ def test_what_glm5_has_quantised_is_no_source(tmp_path: Path, source: Path) -> N
 def test_a_scheme_that_nobody_knows_is_refused(tmp_path: Path, source: Path, settings: Any) -> None:
     with_json(source / "config.json", lambda config: config.update(quantization_config=settings))
     if not settings:  # an empty list counts as none
-        quantise(source, tmp_path / "int4", RECIPE)
+        quantize(source, tmp_path / "int4", RECIPE)
         return
     with refused(CheckpointError, source / "config.json", "quantization_config"):
-        quantise(source, tmp_path / "int4", RECIPE)
+        quantize(source, tmp_path / "int4", RECIPE)
     assert not (tmp_path / "int4").exists()
 
 
@@ -381,26 +381,26 @@ def test_a_source_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ("empty", ConfigError),
     ):
         with refused(error, tmp_path / name):
-            quantise(tmp_path / name, tmp_path / "int4", RECIPE)
+            quantize(tmp_path / name, tmp_path / "int4", RECIPE)
         assert not (tmp_path / "int4").exists()
 
 
 def test_a_source_without_weights_is_refused(tmp_path: Path, source: Path) -> None:
     (source / SINGLE_FILE).unlink()
     with refused(CheckpointError, source, "has neither"):
-        quantise(source, tmp_path / "int4", RECIPE)
+        quantize(source, tmp_path / "int4", RECIPE)
 
 
 def test_a_source_cut_short_is_refused(tmp_path: Path, source: Path) -> None:
     path = source / SINGLE_FILE
     os.truncate(path, path.stat().st_size - 1)
     with refused(CheckpointError, path):
-        quantise(source, tmp_path / "int4", RECIPE)
+        quantize(source, tmp_path / "int4", RECIPE)
     assert not (tmp_path / "int4").exists()
 
 
 def test_a_damaged_int4_directory_is_refused_by_load(tmp_path: Path, source: Path) -> None:
-    quantise(source, tmp_path / "int4", RECIPE)
+    quantize(source, tmp_path / "int4", RECIPE)
     module = O_PROJ.removesuffix(".weight")
 
     def damaged(change: Callable[[Tensors], None], *words: object) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from glm5.runtime.language_model import LanguageModel
 from tests.model_fixture import tiny_config
-from tests.tokenizer_fixture import small_tokenizer
+from tests.text.tokenizer_fixture import small_tokenizer
 
 
 def tiny_language_model(**changes: Any) -> LanguageModel:

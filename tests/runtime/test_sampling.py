@@ -85,7 +85,7 @@ def test_the_whole_chain_draws_what_transformers_would(
 
 @quick
 @given(sizes, seeds, st.sampled_from([0.5, 1.3, 2.0]))
-def test_greedy_with_a_penalty_takes_the_best_penalised_token(size: int, seed: int, penalty: float) -> None:
+def test_greedy_with_a_penalty_takes_the_best_penalized_token(size: int, seed: int, penalty: float) -> None:
     logits, seen = random_logits(size, seed), [0]
     sampler = Sampler(SamplingParams(repetition_penalty=penalty), seen)
     judge = RepetitionPenaltyLogitsProcessor(penalty)

@@ -32,7 +32,7 @@ from glm5.training.corpora.markup import (
     chunks,
     han_ratio,
     html_to_text,
-    normalise,
+    normalize,
     roff_to_text,
 )
 from glm5.training.corpora.sources import SOURCES, CorpusError, Source, select
@@ -99,9 +99,9 @@ def test_roff_becomes_plain_paragraphs() -> None:
     assert roff_to_text(".so man1/ls.1\n") == ""
 
 
-def test_normalise_composes_and_removes_what_is_not_text() -> None:
-    assert normalise("e\u0301\u200b\x00 \r\n\n\n\nx\u3000") == "\u00e9\n\nx"
-    assert normalise("a\n\n\n\n\nb", empty_lines=2) == "a\n\n\nb"
+def test_normalize_composes_and_removes_what_is_not_text() -> None:
+    assert normalize("e\u0301\u200b\x00 \r\n\n\n\nx\u3000") == "\u00e9\n\nx"
+    assert normalize("a\n\n\n\n\nb", empty_lines=2) == "a\n\n\nb"
 
 
 def test_line_dedupe_keeps_first_copies_short_lines_and_code() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from glm5.checkpoint import load_model
 from glm5.errors import CheckpointError, RecipeError
-from glm5.tokenizer import Tokenizer
+from glm5.text.tokenizer import Tokenizer
 from glm5.training.heldout import bits_per_byte, heldout_texts, xz_bits_per_byte
 from glm5.training.loop import Trainer
 from glm5.training.snapshots import list_snapshots

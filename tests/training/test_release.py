@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import glm5
-from glm5.kernels.modules import TiedHead
+from glm5.layers.packed import TiedHead
 from glm5.quantize import Recipe
-from glm5.tokenizer import Tokenizer
+from glm5.text.tokenizer import Tokenizer
 from glm5.training import card
 from glm5.training.loop import Trainer
 from glm5.training.release import CALIBRATION_ROWS, main, release, training_text

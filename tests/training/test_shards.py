@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from glm5.errors import RecipeError, TokenizerError
-from glm5.special_tokens import ENDOFTEXT, SPECIAL_TOKENS, USER
-from glm5.training.bpe import train_bpe
+from glm5.text.bpe import train_bpe
+from glm5.text.control_tokens import ENDOFTEXT, SPECIAL_TOKENS, USER
 from glm5.training.shards import build_shards, encode_row, open_shards, sample_texts
 from tests.training.corpus_fixture import write_corpus
 

@@ -1,6 +1,6 @@
 """GGUF files for the tests: raw bytes to damage, and models written as llama.cpp's converter does.
 
-The converter's part uses the `gguf` package's own writer, name maps and quantisers, so that it
+The converter's part uses the `gguf` package's own writer, name maps and quantizers, so that it
 shares nothing with the reader but the format.
 """
 
@@ -215,7 +215,7 @@ def add_key(writer: Any, name: str, value: Any) -> None:
 
 
 def add_tensor(writer: Any, name: str, values: np.ndarray, kind: str) -> None:
-    """Quantised where its rows allow it; norms, biases and routers stay fp32, as llama.cpp has them."""
+    """Quantized where its rows allow it; norms, biases and routers stay fp32, as llama.cpp has them."""
     number = gguf.GGMLQuantizationType[kind]
     block = gguf.GGML_QUANT_SIZES[number][0]
     if values.ndim < 2 or values.shape[-1] % block or "ffn_gate_inp" in name:

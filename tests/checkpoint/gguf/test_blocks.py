@@ -12,7 +12,7 @@ from glm5.checkpoint.gguf.blocks import TYPES, BlockType
 from tests.checkpoint.gguf.gguf_fixture import gguf
 
 DECODED = {number: kind for number, kind in TYPES.items() if kind.decode is not None}
-QUANTISERS = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"]
+QUANTIZERS = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"]
 # The largest error a type may make on normally distributed weights, of their standard deviation.
 WORST = {"F16": 2e-3, "BF16": 1e-2, "Q8_0": 0.02, "Q5_1": 0.15, "Q5_0": 0.2, "Q4_1": 0.3, "Q4_0": 0.5,
          "MXFP4": 1.1}  # fmt: skip
@@ -47,8 +47,8 @@ def test_random_blocks_decode_as_the_reference_does(number: int, count: int, see
     assert_same_bits(decode(kind, raw), reference(number, raw))
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
-def test_quantised_weights_come_back_close(name: str) -> None:
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_quantized_weights_come_back_close(name: str) -> None:
     number = gguf.GGMLQuantizationType[name].value
     weights = np.random.default_rng(0).standard_normal((7, 96)).astype(np.float32)
     raw = gguf.quants.quantize(weights, gguf.GGMLQuantizationType[name]).view(np.uint8)

@@ -15,8 +15,8 @@ from glm5.checkpoint.gguf.blocks import TYPES
 from glm5.checkpoint.gguf.config import ARCHITECTURES, model_config
 from glm5.checkpoint.gguf.header import GgufTensor
 from glm5.config import MODEL_TYPES, ModelConfig
+from glm5.config.presets import PRESETS
 from glm5.errors import CheckpointError
-from glm5.presets import PRESETS
 from tests.checkpoint.checkpoint_fixture import refused
 from tests.checkpoint.gguf.gguf_fixture import (
     converted,
@@ -84,7 +84,7 @@ def test_every_weight_and_the_logits_come_back(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_0"])
-def test_quantised_weights_are_the_reference_s(model_type: str, kind: str, tmp_path: Path) -> None:
+def test_quantized_weights_are_the_reference_s(model_type: str, kind: str, tmp_path: Path) -> None:
     model = lively_model(tiny_config(model_type))
     path = write_model(tmp_path / "a.gguf", model, kind)
     found = GgufModel(path)

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from glm5.checkpoint.gguf import GgufFile, tokenizer_files
 from glm5.errors import CheckpointError
-from glm5.tokenizer import Tokenizer
-from glm5.training.bpe import train_bpe
+from glm5.text.bpe import train_bpe
+from glm5.text.tokenizer import Tokenizer
 from tests.checkpoint.checkpoint_fixture import refused
 from tests.checkpoint.gguf.gguf_fixture import add_key, finish, gguf
-from tests.tokenizer_fixture import _CORPUS, conversations, hostile_text, small_tokenizer
+from tests.text.tokenizer_fixture import _CORPUS, conversations, hostile_text, small_tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 

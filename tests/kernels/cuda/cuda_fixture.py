@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glm5.kernels.modules import PROJECTIONS, PackedExperts, Scheme
-from glm5.kernels.packing import pack
+from glm5.formats.packing import pack
+from glm5.layers.packed import PROJECTIONS, PackedExperts, Scheme
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The largest difference over the largest value. The interpreter cuts bf16 off where a GPU rounds.

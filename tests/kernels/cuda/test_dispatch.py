@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm5.checkpoint.packed import pack_modules, place_modules, round_into
 from glm5.config import ModelConfig
 from glm5.kernels import attention, cuda, modules
-from glm5.kernels.attention import NativeAttention
-from glm5.kernels.cuda.graph import GraphedStep
-from glm5.kernels.modules import PackedLinear, Scheme
+from glm5.layers.native_attention import NativeAttention
+from glm5.layers.packed import PackedLinear, Scheme
+from glm5.layers.swap import pack_modules, place_modules, round_into
 from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.cache import Cache
+from glm5.runtime.cuda_graph import GraphedStep
 from tests.kernels.cuda.cuda_fixture import DEVICE, distance, normal, packed_codes
 from tests.model_fixture import random_ids, tiny_config, tiny_model
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glm5.kernels import reference
-from glm5.kernels.modules import PROJECTIONS, PackedExperts
+from glm5.layers.packed import PROJECTIONS, PackedExperts
 from tests.kernels.cuda.cuda_fixture import CLOSE, DEVICE, distance, generator, normal, packed_experts
 
 pytest.importorskip("triton", reason="pip install 'glm5[cuda]'")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glm5.kernels.packing import dequantise
+from glm5.formats.packing import dequantize
 from tests.kernels.cuda.cuda_fixture import CLOSE, DEVICE, distance, normal, packed_codes
 
 pytest.importorskip("triton", reason="pip install 'glm5[cuda]'")
@@ -19,7 +19,7 @@ few = settings(max_examples=8, deadline=None)
 
 
 def reference(x: Tensor, words: Tensor, scales: Tensor, bits: int) -> Tensor:
-    return x.double() @ dequantise(words, scales, bits, x.shape[1]).double().T
+    return x.double() @ dequantize(words, scales, bits, x.shape[1]).double().T
 
 
 @few

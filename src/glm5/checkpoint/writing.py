@@ -1,0 +1,193 @@
+"""Writes a model as a checkpoint directory that `transformers` and vLLM load as it is.
+
+The whole checkpoint is written into a subfolder first, so that a full disk or a bad weight leaves
+what was there. Then its files are moved up, while `config.json` is away: a crash between two moves
+leaves a directory that every reader refuses, never a mixture of two models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm5.checkpoint import names
+from glm5.config import ModelConfig
+from glm5.disk.files import fsync_directory, write_atomic
+from glm5.disk.safetensors_file import PlannedTensor, write_safetensors
+from glm5.disk.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, STAGING
+from glm5.errors import CheckpointError
+from glm5.formats.fp8 import BLOCK, SCALE_SUFFIX, block_quantize, is_quantized, scale_shape
+from glm5.layers.swap import is_packed
+from glm5.model.transformer import GlmForCausalLM
+
+FORMATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+SHARD_BYTES = 5_000_000_000
+_WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
+
+
+def save_model(
+    model: GlmForCausalLM, directory: Path, *, stored: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write `config.json` and the weights into `directory`, in place of those it holds.
+
+    stored: `fp32`, `fp16`, `bf16` or `fp8` (the official 128x128 blocks); None = the model's dtype.
+    shard_bytes: the largest shard; a single tensor may exceed it.
+
+    Raises:
+        CheckpointError: `stored` is unknown, a weight is not finite and cannot be FP8 or is too large
+            for fp16, or the disk refuses; an older checkpoint in `directory` stays as it was.
+    """
+    stored = stored or next((k for k, v in FORMATS.items() if v == model.dtype), "fp32")
+    if stored not in FORMATS:
+        raise CheckpointError(f"stored is {stored!r}; use one of {', '.join(FORMATS)}")
+    if is_packed(model):
+        raise CheckpointError(
+            "packed integers are not saved from memory; copy the model's directory or quantize its source"
+        )
+    staging, staged = directory / STAGING, False
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        _stage(model, staging, stored, shard_bytes)
+        staged = True
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory}: cannot be written ({error.strerror}); nothing is changed"
+        ) from None
+    finally:
+        if not staged:
+            shutil.rmtree(staging, ignore_errors=True)
+    try:
+        _move_up(staging, directory)
+    except OSError as error:
+        raise CheckpointError(
+            f"{staging}: cannot be moved into place ({error.strerror}); move its files up, {CONFIG_FILE} last"
+        ) from None
+
+
+def _stage(model: GlmForCausalLM, staging: Path, stored: str, shard_bytes: int) -> None:
+    """The complete checkpoint, on the disk; `config.json` last."""
+    shards = list(_shards(_planned(model, stored), shard_bytes))
+    weight_map: dict[str, str] = {}
+    for number, tensors in enumerate(shards, 1):
+        name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(staging / name, tensors)
+        weight_map |= dict.fromkeys((tensor.name for tensor in tensors), name)
+    if len(shards) > 1:
+        total = sum(tensor.num_bytes for tensors in shards for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_atomic(staging / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    stored_config(model.config, stored).save_pretrained(staging)
+
+
+def _move_up(staging: Path, directory: Path) -> None:
+    """Put staged files in place of the old ones; every step is on the disk before the next."""
+    staged = {path.name for path in staging.iterdir()}
+
+    def move(names: set[str]) -> None:
+        for name in sorted(names):
+            os.replace(staging / name, directory / name)
+        fsync_directory(directory)
+
+    for name in (CONFIG_FILE, INDEX_FILE):
+        (directory / name).unlink(missing_ok=True)
+    fsync_directory(directory)
+    move(staged - {CONFIG_FILE, INDEX_FILE})
+    move(staged & {INDEX_FILE})
+    for path in directory.iterdir():
+        if _WEIGHTS.fullmatch(path.name) and path.name not in staged:
+            path.unlink()
+    move({CONFIG_FILE})
+    staging.rmdir()
+
+
+def stored_config(config: ModelConfig, stored: str) -> ModelConfig:
+    """The config to write beside weights stored in this format."""
+    extra: dict[str, Any] = {k: v for k, v in config.extra.items() if k != "quantization_config"}
+    if stored == "fp8":
+        extra["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+            "modules_to_not_convert": _kept_modules(config),
+        }
+    names_of = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+    return replace(config, dtype=names_of[FORMATS[stored]], extra=extra)
+
+
+def _kept_modules(config: ModelConfig) -> list[str]:
+    """Linear layers that stay in bf16, spelt out since readers convert every other one."""
+    kept = ["lm_head", "model.embed_tokens"]
+    for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
+        where = f"model.layers.{layer}"
+        if config.is_sparse(layer):
+            kept.append(f"{where}.mlp.gate")
+        if config.has_indexer(layer):
+            kept.append(f"{where}.self_attn.indexer.weights_proj")
+        if layer >= config.num_hidden_layers:
+            kept.append(f"{where}.eh_proj")
+    return kept
+
+
+def _planned(model: GlmForCausalLM, stored: str) -> Iterator[PlannedTensor]:
+    tensors = names.state_tensors(model)
+    for piece in names.pieces(model):
+        tensor = piece.of(tensors[piece.parameter].detach())
+        shape = tuple(tensor.shape)
+        if stored == "fp8" and is_quantized(piece.name):
+            blocks = _Blocks(piece.name, tensor)
+            yield PlannedTensor(piece.name, torch.float8_e4m3fn, shape, blocks.codes)
+            yield PlannedTensor(piece.name + SCALE_SUFFIX, torch.float32, scale_shape(shape), blocks.scale)
+            continue
+        # Router biases are fp32 in every published checkpoint.
+        dtype = torch.float32 if piece.name.endswith("e_score_correction_bias") else FORMATS[stored]
+        yield PlannedTensor(piece.name, dtype, shape, partial(_cast, piece.name, tensor, dtype))
+
+
+class _Blocks:
+    """A matrix quantized once: its codes are written, then the scales that were found with them."""
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self._name, self._tensor = name, tensor
+        self._scale: Tensor | None = None
+
+    def codes(self) -> Tensor:
+        try:
+            codes, self._scale = block_quantize(self._tensor)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._name}: {error}") from None
+        return codes
+
+    def scale(self) -> Tensor:
+        assert self._scale is not None, "a file's codes stand before their scales"
+        return self._scale
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and bool((cast.isinf() & tensor.isfinite()).any()):
+        raise CheckpointError(f"{name}: a weight is past 65504 and cannot be stored in fp16; use bf16")
+    return cast
+
+
+def _shards(tensors: Iterator[PlannedTensor], limit: int) -> Iterator[list[PlannedTensor]]:
+    shard: list[PlannedTensor] = []
+    size = 0
+    for tensor in tensors:
+        if shard and size + tensor.num_bytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(tensor)
+        size += tensor.num_bytes
+    yield shard

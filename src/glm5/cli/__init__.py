@@ -1,0 +1,1 @@
+"""The command line: `glm5 chat | generate | train | quantize | info`."""

@@ -1,0 +1,1 @@
+"""Scores of a model, and what a change of its weights did to its answers."""

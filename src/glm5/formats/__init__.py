@@ -1,0 +1,46 @@
+"""Quantized weights that others wrote, read as fp32; one file a format.
+
+`format_of` goes from the `quantization_config` of a `config.json` to a Format, which tells which
+tensors on disk make up a weight, checks them and decodes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from glm5.formats.awq import Awq
+from glm5.formats.block_fp8 import BlockFp8
+from glm5.formats.compressed_tensors import CompressedTensors
+from glm5.formats.format import Format
+from glm5.formats.gptq import Gptq
+from glm5.formats.groups import Group
+from glm5.formats.modelopt import METHODS, ModelOpt
+from glm5.formats.mxfp4 import Mxfp4
+from glm5.formats.settings import Settings
+
+__all__ = ["CompressedTensors", "Format", "Group", "format_of"]
+
+_FORMATS: dict[str, Callable[[Settings], Format]] = {
+    "fp8": BlockFp8,
+    "compressed-tensors": CompressedTensors,
+    **dict.fromkeys(METHODS, ModelOpt),
+    "gptq": Gptq,
+    "awq": Awq,
+    "mxfp4": Mxfp4,
+    "quark": Mxfp4,
+}
+
+
+def format_of(settings: Mapping[str, Any], where: Path) -> Format:
+    """How a checkpoint stores its quantized weights.
+
+    settings: the `quantization_config` object of a config.json; nothing in it is trusted.
+    where: that config.json, for messages.
+
+    Raises:
+        CheckpointError: an unknown method, layout or number of bits, or a value of a wrong type.
+    """
+    checked = Settings(settings, f"{where}: quantization_config")
+    return _FORMATS[checked.choice("quant_method", tuple(_FORMATS), "fp8")](checked)

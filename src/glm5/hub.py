@@ -1,0 +1,221 @@
+"""The familiar door: `AutoModelForCausalLM` and `AutoTokenizer`, called as in `transformers`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm5.errors import CheckpointError, RequestError
+from glm5.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from glm5.runtime.language_model import LanguageModel
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "nano"
+SMALL_MODEL_BYTES = 1 << 30
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # never ./name or ../name
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str = "auto",
+    load_in_4bit: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> LanguageModel:
+    """A model ready to talk: a checkpoint directory, a hub name, or (None) the embedded model.
+
+    dtype: None = what is fastest and fits: fp32 for a small model on the CPU, else as stored;
+        "auto" = as stored (FP8 becomes bf16), as in `transformers`; or a torch dtype or its name.
+    device: "auto" = a GPU that has room, else the CPU; or a torch device string.
+    load_in_4bit: round the weights to int4 while they are read (`glm5.quantize`); a checkpoint that
+        is int4 already is loaded as it is.
+    progress: called with (bytes read, bytes in all) while loading.
+
+    Raises:
+        CheckpointError, ConfigError, TokenizerError: the checkpoint cannot be used.
+    """
+    from glm5.runtime.language_model import LanguageModel
+
+    directory = resolve(path)
+    wanted = _torch_dtype(dtype)
+    chosen = _device(device, directory, wanted)
+    if dtype is None and chosen == "cpu":
+        import torch
+
+        # A row of a small bf16 matrix costs five times that of fp32 (oneDNN, 256 x 256: 14 us
+        # instead of 3), and only fp32 speculates exactly.
+        small = _bytes_needed(directory, torch.float32) <= SMALL_MODEL_BYTES
+        wanted = torch.float32 if small else None
+    quantize = _rounding(directory) if load_in_4bit else None
+    return LanguageModel.load(directory, dtype=wanted, device=chosen, quantize=quantize, progress=progress)
+
+
+def _rounding(directory: Path) -> Callable[[str], Any] | None:
+    """The default recipe with the largest group that divides every width; None for an int4 directory."""
+    from glm5.config import ModelConfig
+    from glm5.quantize import Recipe, widest_group
+
+    config = ModelConfig.from_pretrained(directory)
+    settings = config.extra.get("quantization_config")
+    if isinstance(settings, dict) and settings.get("quant_method", "fp8") != "fp8":
+        return None
+    return Recipe(group=widest_group(config)).scheme_of
+
+
+def resolve(path: str | os.PathLike[str] | None) -> Path:
+    """The directory of a checkpoint: a path as it is, a hub name fetched, None the embedded one."""
+    if path is None or (str(path) == EMBEDDED and not Path(path).exists()):
+        directory = Path(str(resources.files("glm5").joinpath("embedded", EMBEDDED)))
+        if not directory.is_dir():
+            raise CheckpointError(
+                f"{directory}: the embedded model is not in this installation; name another"
+            )
+        return directory
+    directory = Path(path)
+    try:
+        exists = directory.exists()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise CheckpointError(f"{str(directory)[:200]}: cannot be read ({error.strerror})") from None
+    if directory.is_dir():
+        return directory
+    if exists:
+        raise CheckpointError(f"{directory}: is a file; name the directory that holds config.json")
+    if _HUB_NAME.fullmatch(str(path)):
+        return _from_hub(str(path))
+    raise CheckpointError(f"{directory}: no such directory")
+
+
+def _from_hub(name: str) -> Path:
+    """Fetch weights and text files; code files of a repository are never fetched."""
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub's many errors, network ones included
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{name}: no such directory, and the hub did not give it: {reason}") from None
+
+
+class AutoModelForCausalLM:
+    """`from_pretrained`, with the arguments of `transformers`."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        device_map: str | int | torch.device | dict[str, Any] | None = None,
+        dtype: str | torch.dtype | None = "auto",
+        torch_dtype: str | torch.dtype | None = None,
+        load_in_4bit: bool = False,
+        trust_remote_code: bool = False,
+        **unknown: Any,
+    ) -> LanguageModel:
+        """Load a checkpoint directory or hub name.
+
+        device_map: "auto", "cpu", "cuda", "cuda:N" or N, or {"": one of them}; a map of modules is not
+            supported yet. None = "cpu".
+        trust_remote_code: accepted and never acted on: no code of a checkpoint runs here.
+        load_in_4bit: round the weights to int4 while they are read; nothing to do for int4 checkpoints.
+        """
+        if trust_remote_code:
+            logger.warning("trust_remote_code=True changes nothing: glm5 never runs code from a checkpoint")
+        if unknown:
+            raise RequestError(f"from_pretrained has no argument {sorted(unknown)[0]!r}")
+        return load(
+            pretrained_model_name_or_path,
+            dtype=torch_dtype if torch_dtype is not None else dtype,
+            device=_one_device(device_map),
+            load_in_4bit=load_in_4bit,
+        )
+
+
+class AutoTokenizer:
+    """`from_pretrained` for the tokenizer alone."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        trust_remote_code: bool = False,
+        **unknown: Any,
+    ) -> Tokenizer:
+        """Read the tokenizer of a checkpoint directory or hub name; no code of it runs."""
+        if trust_remote_code:
+            logger.warning("trust_remote_code=True changes nothing: glm5 never runs code from a checkpoint")
+        if unknown:
+            raise RequestError(f"from_pretrained has no argument {sorted(unknown)[0]!r}")
+        return Tokenizer.from_pretrained(resolve(pretrained_model_name_or_path))
+
+
+def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    import torch
+
+    if dtype is None or dtype == "auto":
+        return None
+    if isinstance(dtype, torch.dtype):
+        found: Any = dtype
+    else:
+        if not isinstance(dtype, str):
+            raise RequestError(f"dtype {dtype!r} is unknown; use auto, float32, float16 or bfloat16")
+        short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+        found = getattr(torch, short.get(dtype, dtype), None)
+    if found not in (torch.float32, torch.float16, torch.bfloat16):
+        raise RequestError(f"dtype {dtype!r} is unknown; use auto, float32, float16 or bfloat16")
+    return found
+
+
+def _one_device(device_map: Any) -> str:
+    """`device_map` as one device: N is the Nth GPU, as in `accelerate`."""
+    if isinstance(device_map, dict):
+        if set(device_map) != {""}:
+            raise RequestError("device_map may be 'auto' or one device; a map of modules is not there yet")
+        device_map = device_map[""]
+    if device_map is None:
+        return "cpu"
+    return f"cuda:{device_map}" if type(device_map) is int else str(device_map)
+
+
+def _device(device: str, directory: Path, dtype: torch.dtype | None) -> str:
+    """Resolve "auto": the GPU with most free memory if the weights fit it, else the CPU."""
+    import torch
+
+    if device != "auto":
+        try:
+            kind, number = torch.device(device).type, torch.device(device).index or 0
+        except (RuntimeError, TypeError):
+            kind, number = "", 0
+        if kind not in ("cpu", "cuda", "mps"):
+            raise RequestError(f"device {device!r} is unknown; use auto, cpu or cuda:N")
+        if kind == "cuda" and number >= torch.cuda.device_count():
+            seen = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU"
+            raise RequestError(f"device {device!r} is asked for, but this torch sees {seen}; use cpu")
+        return device
+    if not torch.cuda.is_available():
+        return "cpu"
+    free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
+    best = max(range(len(free)), key=free.__getitem__)
+    return f"cuda:{best}" if _bytes_needed(directory, dtype) * 1.1 < free[best] else "cpu"
+
+
+def _bytes_needed(directory: Path, dtype: torch.dtype | None) -> int:
+    """Memory of the weights in `dtype`; as stored (FP8 as bf16, twice its size) without one."""
+    from glm5.config import ModelConfig
+
+    config = ModelConfig.from_pretrained(directory)
+    if dtype is None and "quantization_config" not in config.extra:
+        return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    return config.total_params(mtp=True) * (2 if dtype is None else dtype.itemsize)

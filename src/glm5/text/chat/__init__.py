@@ -1,0 +1,1 @@
+"""Conversations as prompts: the published formats, and a sandbox for unknown templates."""

@@ -1,0 +1,528 @@
+"""Text to ids and back: the checkpoint's byte-level BPE, its chat format, and streaming.
+
+Knows tokenizer.json, tokenizer_config.json and chat_template.jinja of a checkpoint directory;
+what a user writes is encoded by a vocabulary without control tokens, so it can never become one.
+Leaves the chat formats to `chat_template` and unproven templates to `template_sandbox`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glm5.disk.files import write_atomic
+from glm5.errors import TemplateError, TokenizerError
+from glm5.text.chat.template import (
+    DIALECTS,
+    SOFT_SWITCH,
+    Dialect,
+    Piece,
+    known_dialect,
+    pieces_to_text,
+    refuse_control_text,
+    render,
+    template_messages,
+    template_sha256,
+)
+from glm5.text.control_tokens import ENDOFTEXT, EOS_TOKENS
+
+if TYPE_CHECKING:
+    import tokenizers
+    import torch
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+
+# Ten times the published files (20 MB, 10 kB, 11 kB), so that a wrong file is refused unread.
+_MAX_BYTES = {TOKENIZER_FILE: 256 << 20, CONFIG_FILE: 16 << 20, TEMPLATE_FILE: 1 << 20}
+
+
+class RenderedChat(str):
+    """A rendered prompt that remembers which of its characters are the frame's control tokens.
+
+    A `str` for printing and comparing; `Tokenizer` encodes it exactly. Anything made from it by
+    slicing or adding is a plain string again, whose control tokens are only text.
+    """
+
+    pieces: tuple[Piece, ...]
+
+    def __new__(cls, pieces: Iterable[Piece]) -> RenderedChat:
+        pieces = tuple(pieces)
+        chat = super().__new__(cls, pieces_to_text(pieces))
+        chat.pieces = pieces
+        return chat
+
+
+class BatchEncoding(dict[str, Any]):
+    """`input_ids` and `attention_mask` as a dict whose keys are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def to(self, device: torch.device | str) -> BatchEncoding:
+        """The same with every tensor on `device`."""
+        moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in self.items()}
+        return BatchEncoding(moved)
+
+
+class Tokenizer:
+    """A GLM tokenizer: byte-level BPE, control tokens by id, chat prompts by dialect."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        config: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        dialect: Dialect | None = None,
+        source: str = TOKENIZER_FILE,
+    ) -> None:
+        """Wrap a `tokenizers.Tokenizer`.
+
+        `config` holds tokenizer_config.json's keys. `dialect` overrides what `chat_template`
+        says about the chat format. `source` names the tokenizer in errors. Raises
+        TokenizerError when it is not a byte-level BPE.
+        """
+        for part, wanted in (("model", "BPE"), ("decoder", "ByteLevel")):
+            found = type(getattr(backend, part)).__name__
+            if found != wanted:
+                raise TokenizerError(f"{source}: {part} is {found}, not {wanted} as in GLM")
+        if dialect is not None and dialect not in DIALECTS:
+            raise TokenizerError(f"dialect {dialect!r} is unknown; known: {', '.join(DIALECTS)}")
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self.config = dict(config or {})
+        self.chat_template = chat_template
+        self.source = source
+        self.dialect = dialect or (known_dialect(chat_template) if chat_template else None)
+        self._text_backend = _without_added_tokens(backend)
+        added = backend.get_added_tokens_decoder()
+        # Every added token is a control token, flagged "special" or not: in published GLM
+        # files <think> and <tool_call> are not.
+        self.control_ids: dict[str, int] = {token.content: i for i, token in added.items()}
+        self._skipped_ids = frozenset(i for i, token in added.items() if token.special)
+        self._control_id_set = frozenset(self.control_ids.values())
+        self.eos_token_ids = self._find_eos()
+        self.pad_token_id = self._find_pad()
+
+    # --- files -----------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, dialect: Dialect | None = None) -> Tokenizer:
+        """Read the tokenizer of a checkpoint directory.
+
+        A missing, damaged or oversized file is a TokenizerError that names it. A chat template
+        that no dialect is proven to equal is announced in the log and later rendered in a
+        sandbox, unless `dialect` says which format to use.
+        """
+        import tokenizers
+
+        directory = Path(directory)
+        path = directory / TOKENIZER_FILE
+        text = _read_text(path)
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in Rust is not an Exception
+            reason = " ".join(str(error).split())[:200]
+            raise TokenizerError(f"{path}: not a tokenizer: {reason}; download it again") from None
+        config = _read_config(directory / CONFIG_FILE)
+        template = _read_template(directory / TEMPLATE_FILE, config.pop("chat_template", None))
+        tokenizer = cls(backend, config=config, chat_template=template, dialect=dialect, source=str(path))
+        if template is not None and tokenizer.dialect is None:
+            logger.warning(
+                "%s: chat template %s is not one that glm5 knows; it will run in a sandbox, "
+                "and messages that spell control tokens will be refused",
+                directory,
+                template_sha256(template)[:12],
+            )
+        return tokenizer
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the files that glm5 and transformers' AutoTokenizer read, each one atomically."""
+        directory = Path(directory)
+        # auto_map would name Python code to run; nothing executes from a checkpoint.
+        config = {k: v for k, v in self.config.items() if k != "auto_map"}
+        config |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+        }
+        config.setdefault("model_max_length", 202752)
+        if self.eos_token_ids:
+            config.setdefault("eos_token", self.id_to_token(self.eos_token_ids[0]))
+        if self.pad_token_id is not None:
+            config.setdefault("pad_token", self.id_to_token(self.pad_token_id))
+        write_atomic(directory / TOKENIZER_FILE, self.backend.to_str())
+        write_atomic(directory / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False))
+        if self.chat_template is not None:
+            write_atomic(directory / TEMPLATE_FILE, self.chat_template)
+
+    # --- vocabulary ------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Rows an embedding needs: the highest id plus one, control tokens included."""
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a vocabulary entry, control tokens included; None when there is none."""
+        found: int | None = self.backend.token_to_id(token)
+        return found
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The vocabulary entry of an id (bytes as printable characters), or None."""
+        try:
+            found: str | None = self.backend.id_to_token(token_id)
+        except OverflowError:
+            return None
+        return found
+
+    def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
+        """The bytes an id stands for; none for an id without a token or a skipped one."""
+        if skip_special_tokens and token_id in self._skipped_ids:
+            return b""
+        token = self.id_to_token(token_id)
+        if token is None:
+            return b""
+        try:
+            return bytes(_BYTE_OF[character] for character in token)
+        except KeyError:  # a control token spelt with characters beyond the byte alphabet
+            return token.encode("utf-8")
+
+    def _find_eos(self) -> tuple[int, ...]:
+        names = [name for name in EOS_TOKENS if name in self.control_ids]
+        configured = _token_name(self.config.get("eos_token"))
+        if configured in self.control_ids and configured not in names:
+            names.append(configured)
+        return tuple(self.control_ids[name] for name in names)
+
+    def _find_pad(self) -> int | None:
+        configured = _token_name(self.config.get("pad_token"))
+        return self.control_ids.get(configured, self.control_ids.get(ENDOFTEXT))
+
+    # --- text ------------------------------------------------------------------------------
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """The ids of a text.
+
+        Control tokens spelt in `text` stay text unless `allow_special`; a RenderedChat keeps
+        the control tokens of its frame either way. Raises TokenizerError for a lone surrogate.
+        """
+        if isinstance(text, RenderedChat):
+            return self._encode_pieces(text.pieces)
+        if not isinstance(text, str):
+            raise TokenizerError(f"text to encode must be a string, not {type(text).__name__}")
+        if allow_special:
+            return self._ids(self.backend, text)
+        ids = self._ids(self._text_backend, text)
+        if self._control_id_set.isdisjoint(ids):
+            return ids
+        # Only a vocabulary that also holds a control token as a word gets here. One character
+        # alone is never a control token, so this is text for certain.
+        return [i for character in text for i in self._ids(self._text_backend, character)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many plain texts, on all cores."""
+        try:
+            rows = self._text_backend.encode_batch(list(texts), add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            return [self.encode(text) for text in texts]  # names the character that is wrong
+        return [
+            row.ids if self._control_id_set.isdisjoint(row.ids) else self.encode(text)
+            for row, text in zip(rows, texts, strict=True)
+        ]
+
+    def _ids(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
+        try:
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), 0)
+            raise TokenizerError(f"text is not valid Unicode: lone surrogate at character {at}") from None
+        return ids
+
+    def _encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
+        ids: list[int] = []
+        pending = ""  # text that touches is encoded in one go, as it is in a whole prompt
+        for piece in pieces:
+            token_id = self.control_ids.get(piece.text) if piece.control else None
+            if token_id is None:
+                if piece.control and piece.text != SOFT_SWITCH:
+                    raise TokenizerError(
+                        f"{self.source}: lacks the control token {piece.text!r}, which the chat format needs"
+                    )
+                pending += piece.text
+                continue
+            if pending:
+                ids += self.encode(pending)
+                pending = ""
+            ids.append(token_id)
+        return ids + self.encode(pending) if pending else ids
+
+    def decode(self, ids: int | Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids (a list, tensor or single id); invalid UTF-8 becomes U+FFFD.
+
+        Ids without a token give nothing. `skip_special_tokens` skips what tokenizer.json flags
+        as special, like transformers; in published GLM files that spares <think>.
+        """
+        if hasattr(ids, "tolist"):
+            ids = ids.tolist()
+        try:
+            listed = [ids] if isinstance(ids, int) else list(ids)
+            text: str = self.backend.decode(listed, skip_special_tokens=skip_special_tokens)
+        except (TypeError, OverflowError) as error:
+            raise TokenizerError(f"ids to decode must be whole numbers >= 0: {error}") from None
+        return text
+
+    def batch_decode(
+        self, batch: Iterable[int | Iterable[int]], skip_special_tokens: bool = True
+    ) -> list[str]:
+        """`decode` for each row."""
+        return [self.decode(row, skip_special_tokens) for row in batch]
+
+    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
+        """A fresh incremental decoder for one sequence."""
+        return StreamDecoder(self, skip_special_tokens)
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        padding: bool = False,
+        return_tensors: str | None = None,
+        allow_special: bool = False,
+    ) -> BatchEncoding:
+        """Encode one text or several: `input_ids` and `attention_mask`.
+
+        One text without `return_tensors` gives flat lists; `return_tensors="pt"` gives int64
+        tensors [B, T]. Padding is on the left, where generation wants it.
+        """
+        single = isinstance(text, str)
+        texts = [text] if isinstance(text, str) else list(text)
+        rows = [self.encode(row, allow_special=allow_special) for row in texts]
+        masks = [[1] * len(row) for row in rows]
+        longest = max(map(len, rows), default=0)
+        if padding and any(len(row) < longest for row in rows):
+            if self.pad_token_id is None:
+                raise TokenizerError(f"{self.source}: has no pad token; encode texts one by one")
+            masks = [[0] * (longest - len(mask)) + mask for mask in masks]
+            rows = [[self.pad_token_id] * (longest - len(row)) + row for row in rows]
+        if return_tensors is None:
+            first = slice(None) if not single else 0
+            return BatchEncoding(input_ids=rows[first], attention_mask=masks[first])
+        return BatchEncoding(
+            input_ids=_tensor(rows, return_tensors), attention_mask=_tensor(masks, return_tensors)
+        )
+
+    # --- chat ------------------------------------------------------------------------------
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        tokenize: bool = True,
+        enable_thinking: bool = True,
+        clear_thinking: bool | None = None,
+        reasoning_effort: str | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+        **extra: Any,
+    ) -> Any:
+        """The prompt of a conversation: ids, or a RenderedChat string when not `tokenize`.
+
+        Arguments as in `chat_template.render`; `extra` reaches unknown templates only.
+        `return_tensors="pt"` gives [1, T]; `return_dict` gives a BatchEncoding. Raises
+        TemplateError naming the message and key that cannot be rendered.
+        """
+        if self.dialect is not None:
+            if extra:
+                raise TemplateError(f"chat template has no option {sorted(extra)[0]!r}")
+            pieces = render(
+                messages,
+                tools,
+                dialect=self.dialect,
+                add_generation_prompt=add_generation_prompt,
+                enable_thinking=enable_thinking,
+                clear_thinking=clear_thinking,
+                reasoning_effort=reasoning_effort,
+            )
+        else:
+            options = extra | {
+                "add_generation_prompt": add_generation_prompt,
+                "enable_thinking": enable_thinking,
+            }
+            if clear_thinking is not None:
+                options["clear_thinking"] = clear_thinking
+            if reasoning_effort is not None:
+                options["reasoning_effort"] = reasoning_effort
+            pieces = self._render_unknown(messages, tools, options)
+        chat = RenderedChat(pieces)
+        if not tokenize:
+            return chat
+        if return_dict:
+            one = self([chat], return_tensors=return_tensors)
+            return one if return_tensors else BatchEncoding({k: v[0] for k, v in one.items()})
+        ids = self.encode(chat)
+        return ids if return_tensors is None else _tensor([ids], return_tensors)
+
+    def _render_unknown(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        options: dict[str, Any],
+    ) -> list[Piece]:
+        """Render with the checkpoint's own template, of which nothing is known.
+
+        Its output is one string: control tokens in it are taken for the frame's. That is why
+        messages and tools that spell one are refused here.
+        """
+        from glm5.text.chat.sandbox import render_unknown
+
+        source = str(Path(self.source).with_name(TEMPLATE_FILE))
+        if self.chat_template is None:
+            raise TemplateError(f"{source}: there is no chat template; pass dialect= ({', '.join(DIALECTS)})")
+        shaped = template_messages(messages)
+        refuse_control_text(shaped, self.control_ids, "messages")
+        refuse_control_text(tools, self.control_ids, "tools")
+        named = {
+            f"{kind}_token": _token_name(self.config.get(f"{kind}_token")) for kind in ("bos", "eos", "pad")
+        }
+        variables = {key: value for key, value in named.items() if value} | options
+        variables |= {"messages": shaped, "tools": list(tools) if tools else None}
+        text = render_unknown(self.chat_template, variables, source=source)
+        return self._split_control(text)
+
+    def _split_control(self, text: str) -> list[Piece]:
+        # Longest first: the order in which the BPE's own matcher prefers added tokens.
+        tokens = sorted(self.control_ids, key=len, reverse=True)
+        if not tokens:
+            return [Piece(text, False)]
+        pattern = "(" + "|".join(map(re.escape, tokens)) + ")"
+        return [Piece(part, index % 2 == 1) for index, part in enumerate(re.split(pattern, text)) if part]
+
+
+class StreamDecoder:
+    """Decodes one sequence an id at a time, giving out whole characters only.
+
+    Bytes of an unfinished character wait for the next id. The parts given out add up to exactly
+    `Tokenizer.decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this id; often one word, sometimes nothing."""
+        data = self._tokenizer.token_bytes(token_id, skip_special_tokens=self._skip)
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        """The rest at the end of the sequence: U+FFFD if a character never got finished."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character -> byte of the byte-level alphabet (GPT-2): printable Latin-1 is itself."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet.update({chr(0x100 + n): byte for n, byte in enumerate(others)})
+    return alphabet
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _without_added_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same BPE (shared, not copied) that knows no control tokens.
+
+    `encode_special_tokens` of `tokenizers` would not do: it leaves out only tokens flagged
+    special, and published GLM files flag <think> and <tool_call> otherwise.
+    """
+    import tokenizers
+
+    plain = tokenizers.Tokenizer(backend.model)
+    if backend.normalizer is not None:
+        plain.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        plain.pre_tokenizer = backend.pre_tokenizer
+    return plain
+
+
+def _token_name(value: Any) -> str:
+    """A token in tokenizer_config.json: its text, or an object that holds it."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""
+
+
+def _tensor(rows: list[list[int]], kind: str) -> torch.Tensor:
+    if kind != "pt":
+        raise TokenizerError(f"return_tensors must be 'pt' or None, not {kind!r}")
+    if len({len(row) for row in rows}) > 1:
+        raise TokenizerError("texts of different lengths make no tensor; pass padding=True")
+    import torch
+
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _read_text(path: Path) -> str:
+    limit = _MAX_BYTES[path.name]
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise TokenizerError(
+                f"{path}: {size / 2**20:.0f} MiB, more than the {limit >> 20} MiB such a file "
+                "can have; it is not a GLM file"
+            )
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise TokenizerError(f"{path}: missing; a checkpoint needs it, download it again") from None
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path}: not UTF-8 at byte {error.start}; download it again") from None
+    except OSError as error:
+        raise TokenizerError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: not JSON: {error}; download it again") from None
+    if not isinstance(config, dict):
+        raise TokenizerError(f"{path}: must hold a JSON object, not {type(config).__name__}")
+    return config
+
+
+def _read_template(path: Path, configured: Any) -> str | None:
+    """The chat template: its own file first, else the one in tokenizer_config.json."""
+    if path.exists():
+        return _read_text(path)
+    if isinstance(configured, list):  # named templates, an older habit
+        named = {t.get("name"): t.get("template") for t in configured if isinstance(t, dict)}
+        configured = named.get("default")
+    if configured is not None and not isinstance(configured, str):
+        raise TokenizerError(f"{path.with_name(CONFIG_FILE)}: chat_template must be a string")
+    return configured

@@ -1,0 +1,327 @@
+"""The training loop: recipe in, checkpoints out. Ctrl-C saves; starting again goes on.
+
+Everything random is a function of (seed, step) and the packer's state, so a resumed run repeats
+the losses of one that never stopped (same machine, same number of threads).
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm5.disk.files import write_atomic
+from glm5.errors import RecipeError
+from glm5.model.attention import MultiHeadLatentAttention
+from glm5.model.masks import TokenPlaces, Visibility, visibility
+from glm5.model.rotary import Rotation
+from glm5.model.transformer import GlmForCausalLM
+from glm5.runtime.memory import keep_freed_memory
+from glm5.text.bpe import train_bpe
+from glm5.text.tokenizer import Tokenizer
+from glm5.training import heldout, losses
+from glm5.training.batches import Batch, batches_of
+from glm5.training.optimizers import build_optimizers, learning_rate
+from glm5.training.progress import Report
+from glm5.training.recipe import Recipe
+from glm5.training.shards import corpus_files, sample_texts
+from glm5.training.snapshots import list_snapshots, load_snapshot, save_snapshot
+
+LOG_FILE = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Losses of one step (means over its batch), the gradient's norm, expert balance."""
+
+    loss: float
+    mtp: float
+    balance: float
+    indexer: float | None
+    grad_norm: float
+    # Largest load of an expert over the mean load, worst layer.
+    max_load: float
+
+
+class Trainer:
+    """One run. `train()` goes from the newest snapshot of `recipe.output` to the last step."""
+
+    def __init__(self, recipe: Recipe, report: Report | None = None) -> None:
+        self.recipe = recipe
+        self.report = report or Report()
+        if recipe.run.threads:
+            torch.set_num_threads(recipe.run.threads)
+        keep_freed_memory(of_any_size=True)
+        corpus_files(recipe.data.corpus)  # what is missing is said before any work is done
+        heldout.heldout_texts(recipe.data.corpus)
+        self.tokenizer = self._tokenizer()
+        self.batches = batches_of(recipe, self.tokenizer, recipe.run.batch_rows, self.report.say)
+        config = recipe.model_config_for(
+            self.tokenizer.vocab_size, self.tokenizer.eos_token_ids, self.tokenizer.pad_token_id
+        )
+        self.model = GlmForCausalLM(config)
+        self.model.reset_parameters(torch.Generator().manual_seed(recipe.seed))
+        for layer in self.model.moe_layers():
+            layer.record_routing = True
+            layer.gate.expert_dropout = recipe.loss.expert_dropout
+        self.optimizers = build_optimizers(self.model, recipe.optimizer)
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self._resume()
+
+    # ---------------------------------------------------------------- the run
+
+    def train(self) -> Path:
+        """Run to the end, or to Ctrl-C; returns the directory of the last snapshot."""
+        run = self.recipe.run
+        if self.step >= run.steps and (snapshots := list_snapshots(self.recipe.output)):
+            self.report.say(f"all {run.steps} steps are done")
+            return snapshots[-1]
+        with _interruptible() as interrupt, self.report.running(self.step, run.steps) as progress:
+            while self.step < run.steps and not interrupt.asked:
+                started = time.perf_counter()
+                rate = learning_rate(self.recipe.optimizer, self.step, run.steps)
+                result = self.train_step(rate)
+                self.step += 1
+                self.tokens += run.batch_rows * self.recipe.data.sequence_length
+                self.seconds += time.perf_counter() - started
+                self._log(result, rate)
+                progress.advance(self.step, self.tokens, result.loss)
+                if self.step % run.eval_every == 0 and self.step < run.steps:
+                    self._evaluate()
+                if self.step % run.save_every == 0 and self.step < run.steps:
+                    self.save()
+        return self.save()
+
+    def train_step(self, rate: float) -> StepResult:
+        """One optimizer step on the next batch."""
+        recipe = self.recipe
+        self.model.train()
+        torch.manual_seed(recipe.seed * 1_000_003 + self.step)
+        self.batches.enter_stage(self._stage())
+        batch = self.batches.next()
+        micro = recipe.run.micro_batch_rows or recipe.run.batch_rows
+        parts = recipe.run.batch_rows // micro
+        wants_indexer = recipe.loss.indexer > 0 and self.step % recipe.loss.indexer_every == 0
+        sums = torch.zeros(4)
+        loads: list[Tensor | None] = []
+        for part in range(parts):
+            rows = slice(part * micro, (part + 1) * micro)
+            values, part_loads = self._backward(_rows_of(batch, rows), 1 / parts, wants_indexer and part == 0)
+            sums += values
+            loads = [_sum(pair) for pair in zip(loads, part_loads, strict=True)] if loads else part_loads
+        if not bool(torch.isfinite(sums).all()):  # before it reaches the weights
+            raise RecipeError(f"the loss became {sums[0]} at step {self.step}; lower optimizer.lr")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optimizer.grad_clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for layer, load in zip(self.model.moe_layers(), loads, strict=True):
+            if load is not None:
+                losses.update_router_bias(layer.gate.e_score_correction_bias, load, recipe.loss.bias_update)
+        worst = max((float(load.max() / load.mean()) for load in loads if load is not None), default=0.0)
+        indexer = float(sums[3]) if wants_indexer else None
+        return StepResult(float(sums[0]), float(sums[1]), float(sums[2]), indexer, float(norm), worst)
+
+    def _backward(
+        self, batch: Batch, weight: float, wants_indexer: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Add this part's gradients; returns (lm, mtp, balance, indexer) times `weight`, and loads."""
+        recipe, model = self.recipe, self.model
+        places = TokenPlaces(batch.positions, None, batch.prefix, batch.documents)
+        visible = visibility(places, places)
+        angles = model.angles(batch.positions)
+        attentions = self._attentions()
+        for attention in attentions:
+            attention.record_input = wants_indexer
+        bf16 = recipe.run.precision == "bf16"
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
+            hidden = model.model(batch.ids, angles, visible)
+            targets = losses.shifted_targets(batch.ids, batch.documents, batch.learned, 1)
+            lm = losses.linear_cross_entropy(hidden, model.lm_head.weight, targets)
+            mtp = self._mtp_loss(batch, hidden, angles, visible)
+        moe_layers = model.moe_layers()
+        routings = [layer.last_routing for layer in moe_layers if layer.last_routing is not None]
+        rows = batch.ids.shape[0]
+        balance = sum((losses.balance_loss(r, rows) for r in routings), torch.zeros(())) / max(
+            len(routings), 1
+        )
+        total = lm + recipe.loss.mtp * mtp + recipe.loss.balance * len(routings) * balance
+        indexer = torch.zeros(())
+        if wants_indexer:
+            indexer = self._indexer_loss(attentions, batch, angles, visible)
+            total = total + recipe.loss.indexer * indexer
+        (total * weight).backward()
+        values = torch.stack([lm.detach(), mtp.detach(), balance.detach(), indexer.detach()]) * weight
+        loads = [
+            None if layer.last_routing is None else losses.expert_loads(layer.last_routing)
+            for layer in moe_layers
+        ]
+        for layer in moe_layers:
+            layer.last_routing = None
+        for attention in attentions:
+            attention.last_input = None
+        return values, loads
+
+    def _mtp_loss(self, batch: Batch, hidden: Tensor, angles: Rotation, visible: Visibility) -> Tensor:
+        """Cross entropy of token t+2 from the hidden state of t and the embedding of t+1."""
+        loss = self.recipe.loss
+        if not self.model.mtp or loss.mtp == 0 or self.step % loss.mtp_every:
+            return torch.zeros(())
+        following = self.model.model.embed_tokens(batch.ids.roll(-1, dims=1))
+        drafted = self.model.mtp_layers()[0].draft(hidden, following, angles, visible)
+        targets = losses.shifted_targets(batch.ids, batch.documents, batch.learned, 2)
+        return losses.linear_cross_entropy(drafted, self.model.lm_head.weight, targets)
+
+    def _attentions(self) -> list[MultiHeadLatentAttention]:
+        if not self.model.config.uses_dsa:
+            return []
+        return [m for m in self.model.modules() if isinstance(m, MultiHeadLatentAttention)]
+
+    def _indexer_loss(
+        self, attentions: list[MultiHeadLatentAttention], batch: Batch, angles: Rotation, visible: Visibility
+    ) -> Tensor:
+        """The mean over indexers, each against all the layers it serves, on a few rows."""
+        few = slice(0, self.recipe.loss.indexer_rows)
+        mask = visible.as_mask(batch.ids.shape[1], batch.ids.device)[few]
+        few_angles = Rotation(angles.turns[few])
+        few_visible = Visibility(visible.num_keys, mask_BTS=mask)
+        served: list[list[tuple[MultiHeadLatentAttention, Tensor]]] = []
+        for attention in attentions:
+            if attention.last_input is None:
+                continue
+            if attention.indexer is not None:
+                served.append([])
+            served[-1].append((attention, attention.last_input[few].float()))
+        learned = batch.documents[few] >= 0
+        parts = [losses.indexer_loss(group, few_angles, few_visible, learned) for group in served]
+        return torch.stack(parts).mean()
+
+    # ---------------------------------------------------------------- state
+
+    def save(self) -> Path:
+        state = {
+            "recipe": self.recipe.name,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "batches": self.batches.state(),
+        }
+        path = save_snapshot(
+            self.recipe.output,
+            self.step,
+            self.model,
+            self.optimizers,
+            self.tokenizer,
+            state,
+            self.recipe.run.keep,
+        )
+        self.report.say(f"saved {path}")
+        return path
+
+    def _resume(self) -> None:
+        snapshots = list_snapshots(self.recipe.output)
+        if not snapshots:
+            return
+        state = load_snapshot(snapshots[-1], self.model, self.optimizers)
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.batches.restore(state["batches"])
+        self._cut_log()
+        self.report.say(f"going on from {snapshots[-1]}")
+
+    def _stage(self) -> int:
+        share = self.step / self.recipe.run.steps
+        ends = [stage.until for stage in self.recipe.data.stages]
+        return next(i for i, end in enumerate(ends) if share < end)
+
+    def _tokenizer(self) -> Tokenizer:
+        settings, where = self.recipe.tokenizer, self.recipe.shard_dir
+        if settings.path is not None:
+            return Tokenizer.from_pretrained(settings.path)
+        if (where / "tokenizer.json").exists():
+            known = Tokenizer.from_pretrained(where)
+            if known.vocab_size == settings.vocab_size:
+                return known
+        self.report.say(f"training a tokenizer of {settings.vocab_size} entries")
+        tokenizer = train_bpe(sample_texts(self.recipe.data.corpus, settings.sample_mb), settings.vocab_size)
+        tokenizer.save_pretrained(where)
+        return tokenizer
+
+    # ---------------------------------------------------------------- records
+
+    def _evaluate(self) -> None:
+        self.model.eval()
+        recipe = self.recipe
+        scores = {}
+        for language, texts in heldout.heldout_texts(recipe.data.corpus).items():
+            scores[language] = heldout.bits_per_byte(
+                self.model, self.tokenizer, texts, recipe.data.sequence_length, recipe.run.eval_rows
+            )
+        self._append({"step": self.step, "bits_per_byte": scores})
+        shown = "  ".join(f"{language} {score:.3f}" for language, score in scores.items())
+        self.report.say(f"step {self.step}: held-out bits per byte  {shown}")
+
+    def _log(self, result: StepResult, rate: float) -> None:
+        row: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "lr": rate}
+        row |= {key: value for key, value in vars(result).items() if value is not None}
+        row["seconds"] = round(self.seconds, 3)
+        self._append(row)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        self.recipe.output.mkdir(parents=True, exist_ok=True)
+        with (self.recipe.output / LOG_FILE).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
+
+    def _cut_log(self) -> None:
+        """Forget steps past the snapshot: they are about to be made again."""
+        path = self.recipe.output / LOG_FILE
+        if path.exists():
+            rows = path.read_text(encoding="utf-8").splitlines()
+            kept = [row for row in rows if json.loads(row)["step"] <= self.step]
+            write_atomic(path, "".join(row + "\n" for row in kept))
+
+
+def _sum(loads: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
+    first, second = loads
+    return second if first is None else first if second is None else first + second
+
+
+def _rows_of(batch: Batch, rows: slice) -> Batch:
+    prefix = None if batch.prefix is None else batch.prefix[rows]
+    return Batch(batch.ids[rows], batch.documents[rows], batch.positions[rows], batch.learned[rows], prefix)
+
+
+class _Interrupt:
+    asked = False
+
+
+@contextmanager
+def _interruptible() -> Iterator[_Interrupt]:
+    """Turn Ctrl-C (and SIGTERM) into a wish to stop after this step; a second one stops at once."""
+    interrupt = _Interrupt()
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        if interrupt.asked:
+            raise KeyboardInterrupt
+        interrupt.asked = True
+
+    try:
+        before = {kind: signal.signal(kind, ask) for kind in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: nobody sends signals here
+        before = {}
+    try:
+        yield interrupt
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
