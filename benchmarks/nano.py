@@ -32,7 +32,7 @@ from torch import Tensor
 import glm5
 from glm5.checkpoint import save_model
 from glm5.config import ModelConfig
-from glm5.model.masks import TokenPlaces, visibility
+from glm5.model.masks import TokenPositions, visibility
 from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.language_model import LanguageModel
 from glm5.runtime.memory import keep_freed_memory
@@ -229,7 +229,7 @@ def train_ours(model: GlmForCausalLM, precision: str) -> Work:
     ids = random_ids(model.config, TRAIN_ROWS, TRAIN_LENGTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     targets = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), dim=1)
-    places = TokenPlaces(torch.arange(TRAIN_LENGTH).expand_as(ids))
+    places = TokenPositions(torch.arange(TRAIN_LENGTH).expand_as(ids))
     visible = visibility(places, places)
 
     def work() -> int:

@@ -1,5 +1,15 @@
 """Typed errors that a person meets: one line that says what, where and what to do.
 
+    Glm5Error                something a user can act on
+    +-- NativeModuleError    the compiled kernels are missing (an ImportError too)
+    +-- ConfigError          a key of config.json
+    +-- CheckpointError      a directory, shard, index, tensor or GGUF
+    +-- TokenizerError       a tokenizer file, or text that cannot be encoded
+    +-- TemplateError        a chat template or messages that cannot be rendered
+    +-- RequestError         a parameter of a call: generation, sampling, loading
+    +-- RecipeError          a key of a training recipe or of a quantization recipe
+    +-- TrainingError        a run that cannot go on: its loss, its folder, its corpus
+
 The API raises them, the CLI prints them and exits with code 2, a server answers 4xx.
 """
 
@@ -8,6 +18,10 @@ from __future__ import annotations
 
 class Glm5Error(Exception):
     """Something a user can act on; its message is one line."""
+
+
+class NativeModuleError(Glm5Error, ImportError):
+    """The compiled kernels are missing or do not load."""
 
 
 class ConfigError(Glm5Error):
@@ -27,8 +41,12 @@ class TemplateError(Glm5Error):
 
 
 class RequestError(Glm5Error):
-    """A generation request with an impossible parameter."""
+    """A call with an impossible parameter."""
 
 
 class RecipeError(Glm5Error):
-    """A training recipe with an unknown, missing or impossible key."""
+    """A training or quantization recipe with an unknown, missing or impossible key."""
+
+
+class TrainingError(Glm5Error):
+    """A training run that cannot go on: its loss is not finite, its folder or corpus is damaged."""

@@ -1,4 +1,4 @@
-"""The familiar door: `AutoModelForCausalLM` and `AutoTokenizer`, called as in `transformers`."""
+"""Loading by path or hub name; the same names and arguments as `transformers`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from glm5.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import torch
 
+    from glm5.checkpoint.directory import Checkpoint
+    from glm5.checkpoint.filling import SchemeOf
     from glm5.runtime.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
@@ -46,32 +48,28 @@ def load(
     Raises:
         CheckpointError, ConfigError, TokenizerError: the checkpoint cannot be used.
     """
+    import torch
+
+    from glm5.checkpoint.directory import Checkpoint
+    from glm5.planner.bytes import weight_bytes
     from glm5.runtime.language_model import LanguageModel
 
-    directory = resolve(path)
+    checkpoint = Checkpoint(resolve(path))
     wanted = _torch_dtype(dtype)
-    chosen = _device(device, directory, wanted)
+    quantize = _rounding(checkpoint) if load_in_4bit else None
+    chosen = _device(device, checkpoint, wanted, quantize)
     if dtype is None and chosen == "cpu":
-        import torch
-
-        # A row of a small bf16 matrix costs five times that of fp32 (oneDNN, 256 x 256: 14 us
-        # instead of 3), and only fp32 speculates exactly.
-        small = _bytes_needed(directory, torch.float32) <= SMALL_MODEL_BYTES
+        # fp32 keeps more of a small model's answers and costs it nothing that matters.
+        small = weight_bytes(checkpoint, torch.float32, quantize).total <= SMALL_MODEL_BYTES
         wanted = torch.float32 if small else None
-    quantize = _rounding(directory) if load_in_4bit else None
-    return LanguageModel.load(directory, dtype=wanted, device=chosen, quantize=quantize, progress=progress)
+    return LanguageModel.load(checkpoint, dtype=wanted, device=chosen, quantize=quantize, progress=progress)
 
 
-def _rounding(directory: Path) -> Callable[[str], Any] | None:
-    """The default recipe with the largest group that divides every width; None for an int4 directory."""
-    from glm5.config import ModelConfig
+def _rounding(checkpoint: Checkpoint) -> SchemeOf | None:
+    """The default recipe with the largest group that divides every width; None where codes are packed already."""
     from glm5.quantize import Recipe, widest_group
 
-    config = ModelConfig.from_pretrained(directory)
-    settings = config.extra.get("quantization_config")
-    if isinstance(settings, dict) and settings.get("quant_method", "fp8") != "fp8":
-        return None
-    return Recipe(group=widest_group(config)).scheme_of
+    return None if checkpoint.is_packed else Recipe(group=widest_group(checkpoint.config)).scheme_of
 
 
 def resolve(path: str | os.PathLike[str] | None) -> Path:
@@ -189,7 +187,7 @@ def _one_device(device_map: Any) -> str:
     return f"cuda:{device_map}" if type(device_map) is int else str(device_map)
 
 
-def _device(device: str, directory: Path, dtype: torch.dtype | None) -> str:
+def _device(device: str, checkpoint: Checkpoint, dtype: torch.dtype | None, quantize: SchemeOf | None) -> str:
     """Resolve "auto": the GPU with most free memory if the weights fit it, else the CPU."""
     import torch
 
@@ -208,14 +206,7 @@ def _device(device: str, directory: Path, dtype: torch.dtype | None) -> str:
         return "cpu"
     free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
     best = max(range(len(free)), key=free.__getitem__)
-    return f"cuda:{best}" if _bytes_needed(directory, dtype) * 1.1 < free[best] else "cpu"
+    from glm5.planner.bytes import weight_bytes
 
-
-def _bytes_needed(directory: Path, dtype: torch.dtype | None) -> int:
-    """Memory of the weights in `dtype`; as stored (FP8 as bf16, twice its size) without one."""
-    from glm5.config import ModelConfig
-
-    config = ModelConfig.from_pretrained(directory)
-    if dtype is None and "quantization_config" not in config.extra:
-        return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    return config.total_params(mtp=True) * (2 if dtype is None else dtype.itemsize)
+    needed = weight_bytes(checkpoint, dtype, quantize).total * 1.1
+    return f"cuda:{best}" if needed < free[best] else "cpu"

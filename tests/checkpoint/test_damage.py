@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm5.checkpoint import load_model
 from glm5.disk.shards import INDEX_FILE
 from glm5.errors import CheckpointError, ConfigError
+from glm5.layers.loading import load_model
 from tests.checkpoint.checkpoint_fixture import FIRST, Tensors, refused, with_json, with_tensors
 from tests.checkpoint.checkpoint_fixture import copy_of as copy_of
 from tests.checkpoint.checkpoint_fixture import stored as stored

@@ -23,7 +23,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from glm5.checkpoint import load_model
+from glm5.layers.loading import load_model
 
 def status(key):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))

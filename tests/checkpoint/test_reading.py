@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm5.checkpoint import load_model, save_model
+from glm5.checkpoint import save_model
 from glm5.checkpoint.names import pieces, state_tensors
 from glm5.config import MODEL_TYPES
 from glm5.disk.shards import INDEX_FILE
 from glm5.formats.fp8 import block_dequantize, block_quantize, is_quantized
+from glm5.layers.loading import load_model
 from tests.checkpoint.checkpoint_fixture import (
     FIRST,
     SHARD,
@@ -72,7 +73,8 @@ def test_a_loaded_model_computes_the_same(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     again = load_model(tmp_path, progress=lambda done, total: seen.append((done, total)))
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, again(ids).logits)
+        # PyTorch and the native kernels add up in different orders.
+        torch.testing.assert_close(model(ids).logits, again(ids).logits, atol=1e-4, rtol=1e-4)
     assert not again.training
     assert seen[-1][0] == seen[-1][1] == sum(t.numel() * 4 for t in state_tensors(model).values())
     assert seen == sorted(seen)

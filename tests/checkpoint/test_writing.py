@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from glm5.checkpoint import load_model, save_model
+from glm5.checkpoint import save_model
 from glm5.checkpoint.writing import stored_config
-from glm5.disk.shards import INDEX_FILE, SINGLE_FILE, STAGING
+from glm5.disk.shards import INDEX_FILE, SINGLE_FILE
+from glm5.disk.staged import STAGING
 from glm5.errors import CheckpointError, Glm5Error
+from glm5.layers.loading import load_model
 from glm5.model.transformer import GlmForCausalLM
 from tests.checkpoint.checkpoint_fixture import Tensors, assert_same_bits, refused, weights
 from tests.model_fixture import tiny_config, tiny_model
@@ -77,7 +79,7 @@ def test_a_bad_weight_in_a_late_shard_leaves_the_old_checkpoint(tmp_path: Path, 
     save_model(old_model(), tmp_path, shard_bytes=old)
     before, bad = contents(tmp_path), new_model()
     with torch.no_grad():
-        bad.mtp[0].mlp.experts.gate_up_proj[2, 41, 3] = float("inf")
+        bad.mtp[0].layer.mlp.experts.gate_up_proj[2, 41, 3] = float("inf")
     with refused(CheckpointError, "model.layers.1.mlp.experts.2.up_proj.weight", "FP8"):
         save_model(bad, tmp_path, stored="fp8", shard_bytes=20_000)
     assert contents(tmp_path) == before
@@ -206,7 +208,7 @@ def test_a_save_after_a_killed_one_is_whole(tmp_path: Path) -> None:
 
 
 def test_stale_shards_go_and_files_of_others_stay(tmp_path: Path) -> None:
-    others = {name: b"mine" for name in ("tokenizer.json", "model_notes.safetensors", "adapter.safetensors")}
+    others = {name: b"mine" for name in ("notes.json", "model_notes.safetensors", "adapter.safetensors")}
     for name, content in others.items():
         (tmp_path / name).write_bytes(content)
     for shard_bytes in (MORE, FEW, ONE, FEW):
@@ -217,6 +219,13 @@ def test_stale_shards_go_and_files_of_others_stay(tmp_path: Path) -> None:
         assert (SINGLE_FILE in shards) == (shard_bytes == ONE) == (len(shards) == 1)
         assert (INDEX_FILE in found) == (shard_bytes != ONE)
         assert_same_bits(weights(load_model(tmp_path)), weights(old_model()))
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        (tmp_path / name).write_bytes(b"of an older model")
+    save_model(
+        new_model(), tmp_path, shard_bytes=FEW, beside=lambda to: (to / "tokenizer.json").write_bytes(b"new")
+    )
+    assert (tmp_path / "tokenizer.json").read_bytes() == b"new"
+    assert contents(tmp_path).keys() - found.keys() == {"tokenizer.json"}
     (tmp_path / INDEX_FILE).unlink()
     with refused(CheckpointError, tmp_path, "has neither"):
         load_model(tmp_path)

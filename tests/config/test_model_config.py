@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm5.config import MAX_CONFIG_BYTES, ModelConfig
+from glm5.config import ModelConfig
+from glm5.disk.json_file import MAX_BYTES
 from glm5.errors import ConfigError
 from glm5.model.transformer import GlmForCausalLM
 from tests.model_fixture import tiny_config, tiny_configs
@@ -252,7 +253,7 @@ def test_heads_without_width_are_refused() -> None:
         (b"[]", "JSON list, expected an object"),
         (b"{}", "no model_type"),
         (b'{"model_type": "glm4_moe", "hidden_size": -4}', "hidden_size"),
-        (b" " * (MAX_CONFIG_BYTES + 1), "larger than 8 MiB"),
+        (b" " * (MAX_BYTES + 1), "more than the 8 MiB"),
     ],
     ids=range(10),
 )

@@ -71,12 +71,12 @@ def test_an_expert_layer(count: int) -> None:
     hidden, width = 96, 160
     experts = [(matrix(width, hidden, 4, 32, e), matrix(width, hidden, 4, 32, e + 50),
                 matrix(hidden, width, 4, 32, e + 90)) for e in range(6)]  # fmt: skip
-    layer = cpu.MoeLayer(hidden, experts, experts[0])
+    layer = cpu.MoeLayer(hidden, cpu.ExpertBank.of(hidden, experts), experts[0])
     layer.set_router(cpu.Matrix(tokens(6, hidden, 3)), torch.zeros(6), topk=2)
     x = tokens(count, hidden)
-    chosen = torch.empty(count, 2, dtype=torch.int32)
-    out = layer(x, add=x, chosen=chosen)
-    assert out.isfinite().all() and chosen.min() >= 0 and chosen.max() < 6
+    told = cpu.Told(count, 2, 6)
+    out = layer(x, add=x, told=told)
+    assert out.isfinite().all() and told.ids.min() >= 0 and told.ids.max() < 6
     assert torch.equal(out[:1], layer(x[:1], add=x[:1]))
 
 
@@ -92,6 +92,24 @@ def test_attention_and_selection() -> None:
     for picked in (chosen, cpu.Slots(None, torch.tensor([slots, 3], dtype=torch.int32))):
         out = cpu.attend(query, kv_b, turns, cache, rows, picked, nope=nope, value=value, scale=0.2)
         assert out.shape == (2, heads, value) and out.isfinite().all()
+    many = cpu.attend(
+        query.repeat(20, 1, 1), kv_b, turns.repeat(20, 1), cache, rows.repeat(20),
+        cpu.Slots(None, torch.tensor([slots, 3] * 20, dtype=torch.int32)), nope=nope, value=value, scale=0.2,
+    )  # fmt: skip
+    assert torch.equal(many[:2], out) and torch.equal(many[38:], out)
+
+
+@pytest.mark.parametrize(("width", "value"), [(24, 24), (16, 40), (13, 7)])
+def test_grouped_attention(width: int, value: int) -> None:
+    keys, values = (
+        tokens(2 * 30 * 2, width).view(2, 30, 2, width),
+        tokens(120, value, 3).view(2, 30, 2, value),
+    )
+    q, rows = tokens(5 * 6, width, 4).view(5, 6, width), torch.tensor([0, 1, 1, 0, 1], dtype=torch.int32)
+    seen = cpu.Slots(None, torch.tensor([30, 1, 17, 0, 16], dtype=torch.int32))
+    for cache in ((keys, values), (keys.bfloat16(), values.bfloat16())):
+        out = cpu.attend_grouped(q, *cache, rows, seen, scale=0.3)
+        assert out.shape == (5, 6, value) and out.isfinite().all() and not out[3].any()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -2,100 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
+import io
+import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from glm5.config import ModelConfig
-from glm5.formats.packing import pack
-from glm5.layers.fused_layer import FEW_TOKENS, NativeDecoderLayer, NativeMTPLayer
-from glm5.layers.packed import PackedExperts, PackedLinear, Scheme
+from glm5.formats.packed import Scheme
+from glm5.layers.fused_layer import FusedLayer
+from glm5.layers.packed import PackedExperts
 from glm5.layers.selection import SlotSelection
-from glm5.layers.swap import pack_modules, place_modules
-from glm5.model.masks import visibility
-from glm5.model.transformer import GlmForCausalLM, token_places
+from glm5.model.layer import DecoderLayer
+from glm5.model.routing import Routing
+from glm5.model.step import Probe
+from glm5.model.transformer import GlmForCausalLM, token_positions
 from glm5.runtime.cache import Cache
 from tests.kernels.kernel_fixture import instruction_set as instruction_set
-from tests.kernels.kernel_fixture import on_threads
-
-DSA = ModelConfig(
-    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=4, first_k_dense_replace=1,
-    num_attention_heads=3, num_key_value_heads=3, q_lora_rank=32, kv_lora_rank=48, qk_nope_head_dim=16,
-    qk_rope_head_dim=16, v_head_dim=32, index_n_heads=4, index_head_dim=32, index_topk=12,
-    indexer_types=("full", "full", "shared", "full"), n_routed_experts=8, num_experts_per_tok=2,
-    moe_intermediate_size=32, n_shared_experts=1, num_nextn_predict_layers=1, eos_token_id=0,
-    max_position_embeddings=128,
-)  # fmt: skip
-LITE = ModelConfig(
-    model_type="glm4_moe_lite", vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-    first_k_dense_replace=1, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=None, kv_lora_rank=32,
-    qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, n_routed_experts=8, num_experts_per_tok=2,
-    moe_intermediate_size=32, n_shared_experts=1, num_nextn_predict_layers=0, eos_token_id=0,
-    max_position_embeddings=128, attention_bias=True,
-)  # fmt: skip
+from tests.layers.layer_fixture import KINDS, config_of, native_model
+from tests.model_fixture import random_ids
+from tests.quantize.quantize_fixture import exact_kernels as exact_kernels
 
 
-def packed_model(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> GlmForCausalLM:
-    generator = torch.Generator().manual_seed(seed)
-    model = GlmForCausalLM(config)
-    pack_modules(model, lambda name: None if name.rpartition(".")[2] == "gate" else Scheme(4, 32))
-    model.to(dtype)
-    place_modules(model, torch.device("cpu"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.1, generator=generator)
-        for module in model.modules():
-            if isinstance(module, PackedLinear):
-                _fill(module.words, module.scales, module.in_features, generator)
-            elif isinstance(module, PackedExperts):
-                for expert in range(module.num_experts):
-                    for projection in ("gate_proj", "up_proj", "down_proj"):
-                        packed = module.packed(expert, projection)
-                        _fill(*packed, module.shape(projection)[1], generator)
-    return model.eval()
-
-
-def _fill(words: Tensor, scales: Tensor, columns: int, generator: torch.Generator) -> None:
-    codes = torch.randint(-8, 8, (words.shape[0], columns), generator=generator)
-    words.copy_(pack(codes.to(torch.int8), 4))
-    scales.copy_(torch.rand(scales.shape, generator=generator) * 0.03 + 0.02)
-
-
-@contextmanager
-def by_modules() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NativeDecoderLayer, "_applies", lambda *_: False)
-        yield
-
-
-def layers_differ(
-    model: GlmForCausalLM,
-    held: int,
-    tokens: int,
-    padding: int = 0,
-    batch: int = 2,
-) -> list[float]:
+def layers_differ(model: GlmForCausalLM, held: int, tokens: int, padding: int = 0) -> list[float]:
     """Largest difference of each layer's result, on the same inputs, relative to the result's size."""
-    ids = torch.randint(0, 96, (batch, held + tokens), generator=torch.Generator().manual_seed(held))
+    ids = random_ids(2, held + tokens, seed=held)
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
-    caches = [Cache(model.config, batch, held + tokens + 3, dtype=model.dtype) for _ in range(2)]
+    caches = [Cache(model.config, 2, held + tokens + 3, dtype=model.dtype) for _ in range(2)]
     found = []
     with torch.inference_mode():
+        steps = []
         for cache in caches:
             model(ids[:, :held], attention_mask=mask[:, :held], cache=cache)
-        for cache in caches:
-            places = token_places(ids[:, held:], mask, cache=cache)
-            visible = visibility(places, cache.append_places(places))
-        angles, x = model.angles(places.positions), model.model.embed_tokens(ids[:, held:])
+            steps.append(model.step(token_positions(ids[:, held:], mask, cache=cache), cache))
+        x = model.model.embed_tokens(ids[:, held:])
         chosen = plain_chosen = None
-        for index, layer in enumerate(model.model.layers):
-            native, chosen = layer(x, angles, visible, caches[0].layers[index], chosen)
-            with by_modules():
-                plain, plain_chosen = layer(x, angles, visible, caches[1].layers[index], plain_chosen)
+        for layer in model.model.layers:
+            native, chosen = layer(x, steps[0], chosen)
+            plain, plain_chosen = DecoderLayer.forward(layer, x, steps[1], plain_chosen)
             assert native.dtype == plain.dtype
             found.append(float((native - plain).abs().max() / plain.abs().max()))
             assert (chosen is None) == (plain_chosen is None)
@@ -106,73 +53,201 @@ def layers_differ(
     return found
 
 
-@pytest.mark.parametrize("config", [DSA, LITE], ids=["dsa", "lite"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", [None, Scheme(4, 32)], ids=["floats", "int4"])
 @pytest.mark.parametrize(
-    ("held", "tokens", "padding"), [(7, 1, 0), (30, 1, 0), (30, 3, 0), (30, 2, 5), (1, 4, 0)]
+    ("held", "tokens", "padding"), [(7, 1, 0), (30, 3, 0), (30, 2, 5), (1, 40, 0), (2, 19, 1)]
 )
 def test_it_is_the_modules_in_one_call(
-    config: ModelConfig, held: int, tokens: int, padding: int, instruction_set: str,
+    kind: str, scheme: Scheme | None, held: int, tokens: int, padding: int, instruction_set: str,
+    exact_kernels: None,
 ) -> None:  # fmt: skip
-    model = packed_model(config)
-    assert all(isinstance(layer, NativeDecoderLayer) for layer in model.model.layers)
-    assert max(layers_differ(model, held, tokens, padding)) < 2e-5
+    model = native_model(config_of(kind), scheme)
+    assert all(isinstance(layer, FusedLayer) for layer in model.model.layers)
+    assert max(layers_differ(model, held, tokens, padding)) < 1e-4
 
 
-def test_sixteen_bits_differ_by_their_rounding() -> None:
-    model = packed_model(DSA, torch.bfloat16)
+def test_sixteen_bits_differ_by_their_rounding(exact_kernels: None) -> None:
+    model = native_model(config_of("dsa"), Scheme(4, 32), torch.bfloat16)
     assert max(layers_differ(model, 9, 2)) < 5e-2
 
 
-def decode(model: GlmForCausalLM, ids: Tensor, steps: list[int], held: int) -> Tensor:
-    with torch.inference_mode():
-        cache, out = Cache(model.config, len(ids), ids.shape[1], dtype=model.dtype), []
-        model(ids[:, :held], cache=cache)
-        for count in steps:
-            at = cache.length
-            out.append(model(ids[:, at : at + count], cache=cache).logits)
-        return torch.cat(out, dim=1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_neither_batch_nor_chunks_nor_threads_change_a_bit(dtype: torch.dtype) -> None:
-    model = packed_model(DSA, dtype)
-    ids = torch.randint(0, 96, (3, 40), generator=torch.Generator().manual_seed(1))
-    one = decode(model, ids[1:2], [1] * 16, 24)
-    assert torch.equal(decode(model, ids[1:2], [5, 1, 7, 3], 24), one)
-    with on_threads(3):
-        assert torch.equal(decode(model, ids[1:2], [4] * 4, 24), one)
-
-
-def test_mtp_layers_are_native_too() -> None:
-    model = packed_model(DSA)
-    (layer,) = model.mtp_layers()
-    assert isinstance(layer, NativeMTPLayer)
-    hidden, embedded = torch.randn(2, 1, 1, 64, generator=torch.Generator().manual_seed(2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_mtp_layers_are_native_too(kind: str) -> None:
+    model = native_model(config_of(kind, num_nextn_predict_layers=1))
+    (draft,) = model.mtp_layers()
+    assert isinstance(draft.layer, FusedLayer)
+    hidden, embedded = torch.randn(2, 1, 3, 64, generator=torch.Generator().manual_seed(2))
     results = []
-    for native in (True, False):
-        cache = Cache(model.config, 1, 8, dtype=model.dtype, layers=range(4, 5))
-        with torch.inference_mode():
-            places = token_places(torch.tensor([[1]]), cache=cache)
-            visible, angles = visibility(places, cache.append_places(places)), model.angles(places.positions)
-            if native:
-                results.append(layer.draft(hidden, embedded, angles, visible, cache.layers[0]))
-            else:
-                with by_modules():
-                    results.append(layer.draft(hidden, embedded, angles, visible, cache.layers[0]))
+    for plain in (False, True):
+        layer = model.config.num_hidden_layers
+        cache = Cache(model.config, 1, 8, dtype=model.dtype, layers=range(layer, layer + 1))
+        with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+            if plain:
+                patch.setattr(FusedLayer, "forward", DecoderLayer.forward)
+            step = model.step(token_positions(torch.tensor([[1, 2, 3]]), cache=cache), cache)
+            results.append(draft(hidden, embedded, step))
     torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
 
 
-def test_routing_is_recorded_by_the_modules() -> None:
-    model = packed_model(DSA)
-    mixture = model.moe_layers()[0]
-    mixture.record_routing = True
-    decode(model, torch.arange(6).view(1, -1), [1], 5)
-    assert mixture.last_routing is not None and mixture.last_routing.topk_ids_TK.shape == (1, 2)
+class Ear(Probe):
+    """Keeps all that it is told."""
+
+    def __init__(self) -> None:
+        self.heard: dict[tuple[str, int], Any] = {}
+
+    def attention_input(self, layer: int, x_BTD: Tensor) -> None:
+        self.heard["attention_input", layer] = x_BTD
+
+    def routing(self, layer: int, routing: Routing) -> None:
+        self.heard["routing", layer] = routing
+
+    def hidden(self, layer: int, x_BTD: Tensor) -> None:
+        self.heard["hidden", layer] = x_BTD
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, 23])
+def test_a_probe_hears_the_same_of_every_implementation(kind: str, tokens: int) -> None:
+    model, ids = native_model(config_of(kind)), random_ids(2, tokens)
+    heard = []
+    for plain in (False, True):
+        ear = Ear()
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            if plain:
+                patch.setattr(FusedLayer, "forward", DecoderLayer.forward)
+            model(ids, probe=ear)
+        heard.append(ear.heard)
+    native, plain_heard = heard
+    assert native.keys() == plain_heard.keys()
+    assert sum(what == "routing" for what, _ in native) == model.config.num_sparse_layers
+    for key, value in native.items():
+        wanted = plain_heard[key]
+        if key[0] == "routing":
+            assert torch.equal(value.topk_ids_TK, wanted.topk_ids_TK)
+            torch.testing.assert_close(value.topk_weights_TK, wanted.topk_weights_TK, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(value.scores_TE, wanted.scores_TE, atol=1e-4, rtol=1e-3)
+        else:
+            torch.testing.assert_close(value, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_watching_changes_no_bit() -> None:
+    model, ids = native_model(config_of("dsa"), Scheme(4, 32)), random_ids(2, 20)
+    with torch.no_grad():
+        assert torch.equal(model(ids, probe=Ear()).logits, model(ids).logits)
+
+
+class Elsewhere(torch.nn.Module):
+    """A bank that the library does not hold, such as one in tiers."""
+
+    def __init__(self, bank: torch.nn.Module) -> None:
+        super().__init__()
+        self.bank = bank
+
+    def forward(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+        assert x_TD.dtype == torch.float32
+        out: Tensor = self.bank(x_TD, topk_ids_TK, topk_weights_TK)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", [None, Scheme(4, 32)], ids=["floats", "int4"])
+def test_a_bank_behind_its_own_call_gives_the_same_bits(scheme: Scheme | None, dtype: torch.dtype) -> None:
+    model, ids = native_model(config_of("dsa"), scheme, dtype), random_ids(2, 20)
+    ear, parted_ear = Ear(), Ear()
+    with torch.no_grad():
+        wanted = model(ids, probe=ear).logits
+        for layer in model.moe_layers():
+            layer.experts = Elsewhere(layer.experts)  # type: ignore[assignment]
+        assert torch.equal(model(ids, probe=parted_ear).logits, wanted)
+    for key, value in ear.heard.items():
+        if key[0] == "routing":
+            assert all(map(torch.equal, value, parted_ear.heard[key]))
+
+
+# --- weights that change ------------------------------------------------------------------------------
+
+
+def logits(model: GlmForCausalLM) -> Tensor:
+    with torch.no_grad():
+        return model(random_ids(1, 12)).logits
+
+
+def plain_logits(model: GlmForCausalLM) -> Tensor:
+    """The same weights in the modules of the paper."""
+    plain = GlmForCausalLM(model.config).to(model.dtype)
+    plain.load_state_dict(model.state_dict())
+    return logits(plain.eval())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_may_change_where_they_lie(kind: str) -> None:
+    model = native_model(config_of(kind))
+    before = logits(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+        for layer in model.moe_layers():
+            layer.gate.e_score_correction_bias.add_(torch.arange(8) * 0.1)
+    torch.testing.assert_close(logits(model), plain_logits(model), atol=2e-4, rtol=1e-3)
+    assert not torch.allclose(logits(model), before, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_may_be_replaced(kind: str) -> None:
+    model = native_model(config_of(kind))
+    logits(model)
+    for module in list(model.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(parameter.detach() * 1.1))
+    torch.testing.assert_close(logits(model), plain_logits(model), atol=2e-4, rtol=1e-3)
+    other = native_model(config_of(kind), seed=5)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(logits(model), logits(other))
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(logits(model), logits(other))
+
+
+def test_a_replaced_module_is_used() -> None:
+    model = native_model(config_of("gqa"))
+    before = logits(model)
+    layer: Any = model.model.layers[0]
+    layer.self_attn.o_proj = type(layer.self_attn.o_proj)(torch.nn.Linear(96, 64, bias=False))
+    assert not torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("scheme", [None, Scheme(4, 32)], ids=["floats", "int4"])
+def test_a_model_is_copied_pickled_and_cast(scheme: Scheme | None) -> None:
+    model = native_model(config_of("dsa"), scheme)
+    wanted = logits(model)
+    kept = io.BytesIO()
+    pickle.dump(model, kept)
+    kept.seek(0)
+    for other in (copy.deepcopy(model), pickle.load(kept)):
+        assert torch.equal(logits(other), wanted)
+        with torch.no_grad():
+            other.model.norm.weight.mul_(2)
+            for module in other.modules():
+                if isinstance(module, PackedExperts):
+                    module.bytes.zero_()
+        assert not torch.equal(logits(other), wanted)
+        assert torch.equal(logits(model), wanted)
+    half = copy.deepcopy(model).bfloat16()
+    found = logits(half)
+    assert found.dtype == torch.bfloat16 and found.isfinite().all() and not torch.equal(found.float(), wanted)
+
+
+def test_gradients_pass_and_compiling_is_right() -> None:
+    model, ids = native_model(config_of("gqa")), random_ids(1, 9)
+    model(ids).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.model.layers[0].parameters())
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-3)
 
 
 def test_a_full_cache_is_refused_before_it_is_written() -> None:
-    model = packed_model(DSA)
+    model = native_model(config_of("dsa"))
     cache = Cache(model.config, 1, 4, dtype=model.dtype)
     with torch.inference_mode(), pytest.raises(Exception, match="the cache holds 4 tokens"):
         model(torch.arange(5).view(1, -1), cache=cache)
-    assert FEW_TOKENS >= 4

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from glm5.model.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from glm5.model.indexer import Selection, select
-from glm5.model.masks import TokenPlaces, Visibility, visibility
+from glm5.model.masks import TokenPositions, Visibility, visibility
 from glm5.model.rotary import Rotation, rotate, rotation
+from glm5.model.step import Step
 from tests.model_fixture import tiny_config, tiny_model
 
 quick = settings(max_examples=40, deadline=None)
@@ -40,11 +41,11 @@ def sequences(draw: st.DrawFn) -> tuple[Tensor, Tensor, Visibility]:
     batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 14))
     x = torch.randn(batch, length, 64, generator=torch.Generator().manual_seed(draw(seeds)))
     positions = torch.arange(length).expand(batch, -1)
-    places = TokenPlaces(positions)
+    places = TokenPositions(positions)
     if draw(st.booleans()):
         padding = torch.tensor([[draw(st.integers(0, length - 1))] for _ in range(batch)])
         prefix = torch.tensor([[draw(st.integers(0, length))] for _ in range(batch)])
-        places = TokenPlaces((positions - padding).clamp(min=0), positions >= padding, positions < prefix)
+        places = TokenPositions((positions - padding).clamp(min=0), positions >= padding, positions < prefix)
     return x, places.positions, visibility(places, places)
 
 
@@ -98,7 +99,7 @@ def test_both_forms_are_the_loops_with_and_without_selection(
     outputs = {}
     for form in ("expanded", "absorbed", "auto"):
         layer.form = form
-        outputs[form], selection = layer(x, angles_of(positions, layer.rotary_dim), visible)
+        outputs[form], selection = layer(x, Step(angles_of(positions, layer.rotary_dim), visible))
     assert (selection is None) == (x.shape[1] <= topk)
     mask = visible.as_mask(x.shape[1], CPU) if selection is None else selection.mask_BTS
     expected = mla_by_loops(layer, x, positions, mask.expand(len(x), -1, -1))
@@ -116,14 +117,14 @@ def test_few_queries_on_a_long_cache_gather_or_not(
     length, layer = x.shape[1], attention_layer(seed)
     queries = data.draw(st.integers(1, length))
     angles = angles_of(positions, layer.rotary_dim)
-    _, q_nope, q_rope = layer._queries(x, angles)
-    q_nope, q_rope, latents = q_nope[:, -queries:], q_rope[:, -queries:], layer._latents(x, angles)
+    _, q_nope, q_rope = layer.queries(x, angles)
+    q_nope, q_rope, latents = q_nope[:, -queries:], q_rope[:, -queries:], layer.latents(x, angles)
     late = Visibility(length, mask_BTS=visible.as_mask(length, CPU).expand(len(x), -1, -1)[:, -queries:])
     topk = data.draw(st.integers(1, length))
     scores = torch.randint(3, (len(x), queries, length), generator=torch.Generator().manual_seed(seed))
     for selection in (None, select(scores.float(), late.as_mask(queries, CPU), topk)):
-        expanded = layer._expanded(q_nope, q_rope, latents, late, selection)
-        absorbed = layer._absorbed(q_nope, q_rope, latents, late, selection)
+        expanded = layer.expanded(q_nope, q_rope, latents, late, selection)
+        absorbed = layer.absorbed(q_nope, q_rope, latents, late, selection)
         torch.testing.assert_close(absorbed, expanded, atol=1e-5, rtol=1e-5)
     q_wide = torch.randn(len(x), queries, 4, latents.shape[-1])
     gathered = layer._attend_gathered(q_wide, latents, selection)
@@ -140,7 +141,7 @@ def test_without_a_query_latent_and_with_biases_the_forms_agree() -> None:
         for form in ("expanded", "absorbed"):
             layer.form = form
             angles = angles_of(torch.arange(6).expand(2, -1), 8)
-            outputs.append(layer(x, angles, Visibility(6, is_causal=True))[0])
+            outputs.append(layer(x, Step(angles, Visibility(6, is_causal=True)))[0])
         torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
 
 
@@ -150,7 +151,7 @@ def test_a_selection_from_below_is_used_and_passed_on() -> None:
     x, positions = torch.randn(1, 6, 64), torch.arange(6).unsqueeze(0)
     given_one = Selection(torch.eye(6, dtype=torch.bool).unsqueeze(0), topk=1)
     angles, causal = angles_of(positions, layer.rotary_dim), Visibility(6, is_causal=True)
-    out, passed = layer(x, angles, causal, selection=given_one)
+    out, passed = layer(x, Step(angles, causal), given_one)
     assert passed is given_one
     expected = mla_by_loops(layer, x, positions, given_one.mask_BTS)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
@@ -161,7 +162,7 @@ def test_the_language_model_loss_does_not_reach_the_indexer() -> None:
     read: list[Tensor] = []
     layer.indexer.register_forward_pre_hook(lambda _module, inputs: read.extend(inputs[:2]))
     x = torch.randn(1, 6, 64, requires_grad=True)
-    out, _ = layer(x, angles_of(torch.arange(6).unsqueeze(0), 8), Visibility(6, is_causal=True))
+    out, _ = layer(x, Step(angles_of(torch.arange(6).unsqueeze(0), 8), Visibility(6, is_causal=True)))
     out.sum().backward()
     assert x.grad is not None
     assert [tensor.requires_grad for tensor in read] == [False, False]
@@ -170,7 +171,7 @@ def test_the_language_model_loss_does_not_reach_the_indexer() -> None:
 
 @pytest.mark.parametrize(("queries", "keys", "absorbed"), [(1, 4096, True), (512, 512, False)])
 def test_the_cheaper_form_is_taken(queries: int, keys: int, absorbed: bool) -> None:
-    assert attention_layer(0)._absorbed_is_cheaper(queries, keys) is absorbed
+    assert attention_layer(0).absorbed_is_cheaper(queries, keys) is absorbed
 
 
 # --- GQA -------------------------------------------------------------------------------------
@@ -204,6 +205,6 @@ def test_grouped_query_attention_is_the_loops(
         v = head_of(layer.v_proj, shared, None, turned=False)
         outputs.append(torch.stack([attend(q[b], k[b], v[b], mask[b]) for b in range(len(x))]))
     expected = torch.cat(outputs, dim=-1) @ layer.o_proj.weight.T
-    out, selection = layer(x, angles, visible)
+    out, selection = layer(x, Step(angles, visible))
     assert selection is None
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)

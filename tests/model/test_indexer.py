@@ -11,6 +11,7 @@ from torch.nn.functional import layer_norm, pad
 from glm5.model.indexer import Indexer, Selection, select
 from glm5.model.masks import Visibility
 from glm5.model.rotary import rotate, rotation
+from glm5.model.step import Step
 from tests.model_fixture import tiny_config, tiny_model
 
 quick = settings(max_examples=200, deadline=None)
@@ -130,7 +131,7 @@ def test_scores_are_the_formula_and_chunks_choose_the_same(
         keys = indexer.keys(x, angles)
         scores = indexer.scores(x, q_latent, keys, angles)
         torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
-        selection = indexer(x, q_latent, angles, causal)
+        selection = indexer(x, q_latent, Step(angles, causal), None)
         assert selection.topk == 8
         at = data.draw(st.integers(1, length - 1))
         tail = type(angles)(angles.turns[:, at:])
@@ -144,7 +145,7 @@ def test_scores_are_the_formula_and_chunks_choose_the_same(
 def test_a_short_context_selects_everything() -> None:
     indexer, x, q_latent = indexer_and_inputs(0, 8)
     angles = rotation(torch.arange(8).expand(2, -1), indexer.rotary_dim, 10_000.0)
-    assert indexer(x, q_latent, angles, Visibility(8, is_causal=True)) is None
+    assert indexer(x, q_latent, Step(angles, Visibility(8, is_causal=True)), None) is None
 
 
 def test_scores_are_fp32_under_bf16_weights() -> None:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glm5.model.masks import TokenPlaces, visibility
-from glm5.model.transformer import token_places
+from glm5.model.masks import TokenPositions, visibility
+from glm5.model.transformer import token_positions
 
 quick = settings(max_examples=200, deadline=None)
 CPU = torch.device("cpu")
@@ -50,12 +50,12 @@ def column(batch: list[list[tuple[int, bool, bool, int]]], index: int) -> Tensor
     return torch.tensor([[slot[index] for slot in row] for row in batch])
 
 
-def last(places: TokenPlaces, count: int) -> TokenPlaces:
+def last(places: TokenPositions, count: int) -> TokenPositions:
     parts = (places.positions, places.valid, places.prefix, places.documents)
-    return TokenPlaces(*(None if part is None else part[:, -count:] for part in parts))  # type: ignore[arg-type]
+    return TokenPositions(*(None if part is None else part[:, -count:] for part in parts))  # type: ignore[arg-type]
 
 
-def visible_by_loops(keys: TokenPlaces, num_queries: int) -> Tensor:
+def visible_by_loops(keys: TokenPositions, num_queries: int) -> Tensor:
     """Slot order instead of positions: within a document the two must say the same."""
     batch, num_keys = keys.positions.shape
     mask = torch.zeros(batch, num_queries, num_keys, dtype=torch.bool)
@@ -64,7 +64,7 @@ def visible_by_loops(keys: TokenPlaces, num_queries: int) -> Tensor:
             query = num_keys - num_queries + t
             for s in range(num_keys):
                 if keys.valid is not None and not keys.valid[b, query]:
-                    mask[b, t, s] = True
+                    mask[b, t, s] = s == query
                     continue
                 usable = keys.valid is None or bool(keys.valid[b, s])
                 same = keys.documents is None or bool(keys.documents[b, s] == keys.documents[b, query])
@@ -79,7 +79,7 @@ def test_visibility_is_the_rule(data: st.DataObject, batch: list, has_prefix: bo
     several = any(slot[3] for row in batch for slot in row)
     has_documents = several or data.draw(st.booleans())
     padded = not all(slot[1] for row in batch for slot in row)
-    keys = TokenPlaces(
+    keys = TokenPositions(
         column(batch, 0),
         column(batch, 1) if padded or data.draw(st.booleans()) else None,
         column(batch, 2) if has_prefix else None,
@@ -88,7 +88,7 @@ def test_visibility_is_the_rule(data: st.DataObject, batch: list, has_prefix: bo
     num_queries = data.draw(st.integers(1, len(batch[0])))
     queries = last(keys, num_queries)
     if queries.valid is not None and bool(queries.valid.all()) and data.draw(st.booleans()):
-        queries = TokenPlaces(queries.positions, None, queries.prefix, queries.documents)
+        queries = TokenPositions(queries.positions, None, queries.prefix, queries.documents)
     seen = visibility(queries, keys)
     assert seen.num_keys == len(batch[0])
     mask = seen.as_mask(num_queries, CPU).expand(len(batch), -1, -1)
@@ -99,14 +99,10 @@ def test_visibility_is_the_rule(data: st.DataObject, batch: list, has_prefix: bo
 
 @quick
 @given(st.integers(1, 9), st.integers(0, 9))
-def test_plain_rows_need_no_mask_or_a_small_one(num_queries: int, cached: int) -> None:
-    keys = TokenPlaces(torch.arange(num_queries + cached).expand(3, -1))
+def test_plain_rows_need_no_mask(num_queries: int, cached: int) -> None:
+    keys = TokenPositions(torch.arange(num_queries + cached).expand(3, -1))
     seen = visibility(last(keys, num_queries), keys)
-    if cached == 0 or num_queries == 1:
-        assert seen.mask_BTS is None
-    else:
-        assert seen.mask_BTS is not None
-        assert seen.mask_BTS.shape[0] == 1
+    assert seen.mask_BTS is None and seen.is_causal
     mask = seen.as_mask(num_queries, CPU).expand(3, -1, -1)
     assert torch.equal(mask, visible_by_loops(keys, num_queries))
 
@@ -115,7 +111,7 @@ def test_plain_rows_need_no_mask_or_a_small_one(num_queries: int, cached: int) -
 @given(rows())
 def test_positions_count_from_the_first_token_of_each_document(batch: list) -> None:
     valid = column(batch, 1)
-    places = token_places(valid.long(), attention_mask=valid.long(), document_ids=column(batch, 3))
+    places = token_positions(valid.long(), attention_mask=valid.long(), document_ids=column(batch, 3))
     assert torch.equal(places.positions[valid], column(batch, 0)[valid])
     assert places.is_plain is False
     if bool(valid.all()):
@@ -130,7 +126,7 @@ def test_prefix_lengths_count_from_the_first_unpadded_token(length: int, data: s
     padding = [data.draw(st.integers(0, length - 1)) for _ in range(2)]
     prefix = [data.draw(st.integers(0, length)) for _ in range(2)]
     attention_mask = torch.tensor([[int(slot >= pad) for slot in range(length)] for pad in padding])
-    places = token_places(attention_mask, attention_mask, prefix_lengths=torch.tensor(prefix))
+    places = token_positions(attention_mask, attention_mask, prefix_lengths=torch.tensor(prefix))
     mask = visibility(places, places).as_mask(length, CPU)
     for b, (pad, size) in enumerate(zip(padding, prefix, strict=True)):
         for t in range(pad, length):

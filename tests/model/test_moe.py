@@ -12,9 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import silu
 
-from glm5.model import moe
-from glm5.model.moe import BucketedExperts, ExpertBank, MixtureOfExperts, Router
-from tests.model_fixture import tiny_config, tiny_model
+from glm5.layers import bucketed_experts
+from glm5.layers.bucketed_experts import BucketedBank, BucketedExperts
+from glm5.layers.swap import swap_for_training
+from glm5.model.moe import ExpertBank, Router
+from glm5.model.routing import Routing
+from glm5.model.step import Probe
+from tests.model_fixture import random_ids, tiny_config, tiny_model
 
 quick = settings(max_examples=80, deadline=None)
 seeds = st.integers(0, 2**31)
@@ -134,12 +138,11 @@ def bucketed(bank: ExpertBank, x: Tensor, ids: Tensor, weights: Tensor) -> Tenso
 
 @quick
 @given(banks())
-def test_the_three_ways_give_the_loop(case: tuple[ExpertBank, Tensor, Tensor, Tensor]) -> None:
+def test_both_ways_give_the_loop(case: tuple[ExpertBank, Tensor, Tensor, Tensor]) -> None:
     bank, *inputs = case
     with torch.no_grad():
         expected = experts_by_loop(bank, *inputs)
-        for way in (bank._few_tokens, bank._one_by_one, bank.forward):
-            torch.testing.assert_close(way(*inputs), expected)
+        torch.testing.assert_close(bank(*inputs), expected)
         torch.testing.assert_close(bucketed(bank, *inputs), expected)
 
 
@@ -152,25 +155,27 @@ def test_the_hand_written_backward_is_autograd(
     wanted = (x.requires_grad_(), weights.requires_grad_(), bank.gate_up_proj, bank.down_proj)
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
     expected = torch.autograd.grad(experts_by_loop(bank, x, ids, weights), wanted, upstream)
-    for way in (bucketed, ExpertBank.forward, ExpertBank._one_by_one):
+    for way in (bucketed, ExpertBank.forward):
         ours = torch.autograd.grad(way(bank, x, ids, weights), wanted, upstream)
         for gradient, reference in zip(ours, expected, strict=True):
             torch.testing.assert_close(gradient, reference)
 
 
 def test_large_experts_are_multiplied_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
-    bank, x = tiny_model().moe_layers()[0].experts, torch.randn(9, 64)
-    ids, weights = torch.arange(18).view(9, 2) % 8, torch.rand(9, 2)
-    bucketed_out = bank(x, ids, weights)
-    monkeypatch.setattr(moe, "SMALL_EXPERT_WEIGHTS", 0)
-    out = bank(x, ids, weights)
-    assert "BucketedExperts" in type(bucketed_out.grad_fn).__name__
-    assert "BucketedExperts" not in type(out.grad_fn).__name__
-    torch.testing.assert_close(out, bucketed_out, atol=1e-5, rtol=1e-5)
+    model, ids = tiny_model(), random_ids(2, 9)
+    before = model(ids).logits
+    monkeypatch.setattr(bucketed_experts, "SMALL_EXPERT_WEIGHTS", 0)
+    swap_for_training(model)
+    assert not any(isinstance(module, BucketedBank) for module in model.modules())
+    monkeypatch.undo()
+    swap_for_training(model)
+    assert sum(isinstance(module, BucketedBank) for module in model.modules()) == 3
+    torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
 
 
 def test_under_autocast_gradients_have_the_dtype_of_their_weights() -> None:
-    bank, x = tiny_model().moe_layers()[0].experts, torch.randn(9, 64, requires_grad=True)
+    plain = tiny_model().moe_layers()[0].experts
+    bank, x = BucketedBank(plain), torch.randn(9, 64, requires_grad=True)
     ids, weights = torch.arange(18).view(9, 2) % 8, torch.rand(9, 2, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         out = bank(x, ids, weights)
@@ -178,7 +183,7 @@ def test_under_autocast_gradients_have_the_dtype_of_their_weights() -> None:
     for tensor in (x, weights, *bank.parameters()):
         assert tensor.grad is not None
         assert tensor.grad.dtype == torch.float32
-    torch.testing.assert_close(out.float(), experts_by_loop(bank, x, ids, weights), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(out.float(), experts_by_loop(plain, x, ids, weights), atol=0.02, rtol=0.02)
 
 
 # --- together --------------------------------------------------------------------------------
@@ -200,11 +205,16 @@ def test_the_shared_expert_is_added_once_and_unscaled(shared: int) -> None:
         torch.testing.assert_close(layer(x), expected.view_as(x), atol=1e-5, rtol=1e-5)
 
 
-def test_routing_is_recorded_on_request_only() -> None:
-    layer: MixtureOfExperts = tiny_model().moe_layers()[0]
-    layer(torch.randn(1, 3, 64))
-    assert layer.last_routing is None
-    layer.record_routing = True
-    layer(torch.randn(1, 3, 64))
-    assert layer.last_routing is not None
-    assert layer.last_routing.topk_ids_TK.shape == (3, 2)
+class Listener(Probe):
+    def __init__(self) -> None:
+        self.heard: list[tuple[int, Routing]] = []
+
+    def routing(self, layer: int, routing: Routing) -> None:
+        self.heard.append((layer, routing))
+
+
+def test_a_probe_is_told_of_the_routing() -> None:
+    model, listener = tiny_model(), Listener()
+    model(torch.arange(3).view(1, 3), probe=listener)
+    assert [layer for layer, _ in listener.heard] == [1, 2]
+    assert listener.heard[0][1].topk_ids_TK.shape == (3, 2)

@@ -15,7 +15,7 @@ from torch.nn.functional import pad as pad_last
 from glm5.config import MODEL_TYPES, ModelConfig
 from glm5.model.attention import MultiHeadLatentAttention
 from glm5.model.indexer import Selection
-from glm5.model.transformer import GlmForCausalLM, token_places, visibility
+from glm5.model.transformer import GlmForCausalLM, token_positions
 from tests.model_fixture import random_ids, tiny_config, tiny_configs, tiny_model
 
 quick = settings(max_examples=25, deadline=None)
@@ -149,7 +149,7 @@ def test_shared_layers_own_no_indexer_and_use_the_selection_below() -> None:
         tiny_config(num_hidden_layers=5, indexer_types=["full", "shared", "full", "shared", "shared"])
     )
     names = {name.rsplit(".indexer.")[0] for name in dict(model.named_parameters()) if ".indexer." in name}
-    assert names == {"model.layers.0.self_attn", "model.layers.2.self_attn", "mtp.0.self_attn"}
+    assert names == {"model.layers.0.self_attn", "model.layers.2.self_attn", "mtp.0.layer.self_attn"}
     assert len(model.indexers()) == 3
     used: list[Selection | None] = []
     handles = [
@@ -170,12 +170,11 @@ def test_shared_layers_own_no_indexer_and_use_the_selection_below() -> None:
 @torch.no_grad()
 def test_the_mtp_layer_drafts_from_hidden_states_and_the_next_token(model_type: str) -> None:
     model, ids = MODELS[model_type], random_ids(2, 14)
-    places = token_places(ids[:, :-1])
-    angles, visible = model.angles(places.positions), visibility(places, places)
+    step = model.step(token_positions(ids[:, :-1]))
 
     def draft(tokens: Tensor) -> Tensor:
         embedding = model.model.embed_tokens(tokens[:, 1:])
-        return model.mtp[0].draft(hidden(model, tokens)[:, :-1], embedding, angles, visible)
+        return model.mtp[0](hidden(model, tokens)[:, :-1], embedding, step)
 
     out = draft(ids)
     assert out.shape == (2, 13, 64)
@@ -196,8 +195,7 @@ def test_the_mtp_layer_is_its_formula(model_type: str) -> None:
     for norm in norms:
         norm.weight.normal_(1.0, 0.5, generator=generator)
     state, embedding = torch.randn(2, 1, 14, 64, generator=generator)
-    places = token_places(random_ids(1, 14))
-    angles, visible = model.angles(places.positions), visibility(places, places)
+    step = model.step(token_positions(random_ids(1, 14)))
 
     def rms(x: Tensor, weight: Tensor) -> Tensor:
         return x * (x.pow(2).mean(dim=-1, keepdim=True) + 1e-5).rsqrt() * weight
@@ -205,9 +203,9 @@ def test_the_mtp_layer_is_its_formula(model_type: str) -> None:
     # SPEC 5.3: the embedding half comes first; the head's norm last.
     first, second = mtp.eh_proj.weight.split(64, dim=1)
     joined = rms(embedding, mtp.enorm.weight) @ first.T + rms(state, mtp.hnorm.weight) @ second.T
-    out, _ = mtp(joined, angles, visible, None, None)
+    out, _ = mtp.layer(joined, step, None)
     expected = rms(out, mtp.shared_head.norm.weight)
-    torch.testing.assert_close(mtp.draft(state, embedding, angles, visible), expected, **CLOSE)
+    torch.testing.assert_close(mtp(state, embedding, step), expected, **CLOSE)
 
 
 @quick

@@ -20,10 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config,
 from transformers.modeling_layers import MtpModel
 from transformers.utils import logging as transformers_logging
 
-from glm5.checkpoint import ShardIndex, load_model, save_model
+from glm5.checkpoint import ShardIndex, save_model
 from glm5.checkpoint.writing import stored_config
 from glm5.config import MODEL_TYPES, ModelConfig
-from glm5.model.transformer import GlmForCausalLM, token_places, visibility
+from glm5.layers.loading import load_model
+from glm5.model.transformer import GlmForCausalLM, token_positions
 from tests.model_fixture import random_ids, tiny_config, tiny_model
 
 transformers_logging.set_verbosity_error()
@@ -312,10 +313,8 @@ def their_mtp(judge: PreTrainedModel, depth: int) -> MtpModel:
 
 
 def draft(model: GlmForCausalLM, step: int, hidden: Tensor, next_ids: Tensor) -> Tensor:
-    places = token_places(next_ids)
     embedding = model.model.embed_tokens(next_ids)
-    angles, visible = model.angles(places.positions), visibility(places, places)
-    return model.mtp[step].draft(hidden, embedding, angles, visible)
+    return model.mtp[step](hidden, embedding, model.step(token_positions(next_ids)))
 
 
 @types

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm5.checkpoint import load_model, save_model
+from glm5.checkpoint import save_model
 from glm5.config import ModelConfig
 from glm5.kernels import cpu
+from glm5.layers.loading import load_model
 from glm5.layers.packed import PackedExperts, PackedLinear
 from glm5.model.transformer import GlmForCausalLM
 from glm5.quantize import Recipe
@@ -113,6 +114,7 @@ def exact_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed layers meet activations that are not rounded to int8."""
     monkeypatch.setattr(cpu, "linear", partial(cpu.linear, exact=True))
     monkeypatch.setattr(cpu.MoeLayer, "__call__", partial_method(cpu.MoeLayer.__call__, exact=True))
+    monkeypatch.setattr(cpu.Pass, "run", partial_method(cpu.Pass.run, exact=True))
 
 
 def partial_method(method: Any, **fixed: Any) -> Any:

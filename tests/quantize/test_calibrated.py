@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 import glm5
-from glm5.checkpoint import ShardIndex, load_model
+from glm5.checkpoint import ShardIndex
+from glm5.checkpoint.names import disk_name
 from glm5.config import MODEL_TYPES
 from glm5.evaluation.compare import evaluate
+from glm5.layers.loading import load_model
 from glm5.model.mtp import MTPLayer
 from glm5.model.transformer import GlmForCausalLM
 from glm5.quantize import Calibration, Recipe, layer_solver, quantize
 from glm5.quantize.directory import WORKING
 from glm5.quantize.gptq import Hessian
-from glm5.quantize.hidden import surroundings
+from glm5.quantize.hidden import step_of
 from glm5.quantize.layer_solver import LayerSolver
 from glm5.runtime.language_model import LanguageModel
 from tests.model_fixture import random_ids
@@ -57,7 +59,9 @@ def hessians(monkeypatch: pytest.MonkeyPatch) -> dict[str, Hessian]:
 
 def inputs_in(model: GlmForCausalLM, calibration: Calibration) -> Inputs:
     """What every linear layer reads in the whole model, window after window: sums of x x^T."""
-    sums: Inputs = {}
+    plain = GlmForCausalLM(model.config)  # whole layers in one call have no linear layers to watch
+    plain.load_state_dict(model.state_dict())
+    model, sums = plain.eval(), {}
 
     def count(name: str, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1]).double()
@@ -79,7 +83,7 @@ def inputs_in(model: GlmForCausalLM, calibration: Calibration) -> Inputs:
         return seen
 
     for path, module in model.named_modules():
-        name = path.replace("mtp.0", f"model.layers.{model.config.num_hidden_layers}")
+        name = disk_name(f"{path}.", model.config).removesuffix(".")
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(watch(name))
         elif path.endswith(".experts"):
@@ -90,7 +94,7 @@ def inputs_in(model: GlmForCausalLM, calibration: Calibration) -> Inputs:
         for layer in model.mtp:
             assert isinstance(layer, MTPLayer)
             following = torch.cat((ids[:, 1:], ids[:, -1:]), dim=1)
-            layer.draft(hidden, model.model.embed_tokens(following), *surroundings(len(window), model.config))
+            layer(hidden, model.model.embed_tokens(following), step_of(len(window), model.config))
     return sums
 
 

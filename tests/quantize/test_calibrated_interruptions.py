@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from glm5.checkpoint import load_model, save_model
+from glm5.checkpoint import save_model
 from glm5.errors import CheckpointError, Glm5Error
+from glm5.layers.loading import load_model
 from glm5.quantize import Calibration, quantize
 from glm5.quantize.directory import CALIBRATION_FOLDER, WORKING
 from glm5.quantize.layer_solver import LayerSolver

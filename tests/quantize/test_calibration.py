@@ -9,12 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from glm5.checkpoint import load_model
 from glm5.cli.app import app
 from glm5.errors import CheckpointError, RecipeError
 from glm5.evaluation.compare import LANGUAGES
 from glm5.evaluation.compare import _shipped as heldout
 from glm5.hub import resolve
+from glm5.layers.loading import load_model
 from glm5.quantize import Calibration, quantize
 from glm5.quantize.calibration import calibration_of, read_texts, shipped_text, tokenizer_of
 from glm5.quantize.sources import open_source

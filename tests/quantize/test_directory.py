@@ -13,21 +13,17 @@ import torch
 from safetensors import safe_open
 
 import glm5
-from glm5.checkpoint import ShardIndex, load_model, names, save_model
+from glm5.checkpoint import ShardIndex, names, save_model
 from glm5.config import MODEL_TYPES, ModelConfig
 from glm5.disk.safetensors_file import SafetensorsFile
 from glm5.disk.shards import INDEX_FILE, SINGLE_FILE
 from glm5.errors import CheckpointError
+from glm5.formats.packed import PROJECTIONS, Scheme
 from glm5.formats.packing import words_per_row
-from glm5.layers.packed import (
-    PROJECTIONS,
-    NativeLinear,
-    PackedLinear,
-    PackedMixture,
-    PackedMLP,
-    Scheme,
-    TiedHead,
-)
+from glm5.layers.fused_layer import FusedLayer
+from glm5.layers.loading import load_model
+from glm5.layers.native import NativeLinear
+from glm5.layers.packed import PackedExperts, PackedLinear, TiedHead
 from glm5.model.transformer import GlmForCausalLM
 from glm5.quantize import Calibration, Recipe, quantize
 from glm5.quantize.directory import ALIGNMENT, RECEIPT_FILE, WORKING, quantized_config
@@ -85,8 +81,8 @@ def test_a_packed_model_answers_as_its_dequantized_weights(
 
     assert difference(packed(IDS).logits, floats(IDS).logits) < SAME
     kinds = {type(module) for module in packed.modules()}
-    assert {PackedLinear, PackedMixture, PackedMLP, NativeLinear} <= kinds
-    assert not {PackedLinear, PackedMixture} & {type(module) for module in floats.modules()}
+    assert {PackedLinear, PackedExperts, FusedLayer, NativeLinear} <= kinds
+    assert not {PackedLinear, PackedExperts} & {type(module) for module in floats.modules()}
 
 
 @types

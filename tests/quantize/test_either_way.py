@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm5.checkpoint import load_model, names
+from glm5.checkpoint import names
 from glm5.formats.fp8 import block_quantize
+from glm5.layers.loading import load_model
 from glm5.quantize import Recipe, quantize
 from glm5.quantize.plan import plan
 from glm5.quantize.sources import open_source

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from glm5.formats.packed import Scheme
 from glm5.formats.packing import dequantize
 from glm5.kernels import cpu
-from glm5.layers.packed import Scheme
 from glm5.quantize import gptq
 from glm5.quantize.gptq import Factor, Hessian, Solved, output_errors, solve
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from glm5.checkpoint import load_model, save_model
+from glm5.checkpoint import save_model
 from glm5.errors import CheckpointError, ConfigError, Glm5Error
+from glm5.layers.loading import load_model
 from glm5.quantize import Recipe, directory, quantize
 from glm5.quantize.directory import PLAN_FILE, WORKING
 from tests.checkpoint.checkpoint_fixture import refused

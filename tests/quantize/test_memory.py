@@ -124,7 +124,7 @@ def test_a_calibrated_job_holds_one_expert(tmp_path: Path) -> None:
 
 MEASURE_LOADING = (
     MEASURE.replace("import Recipe, quantize", "import Recipe")
-    .replace("def status", "from glm5.checkpoint import load_model\n\ndef status")
+    .replace("def status", "from glm5.layers.loading import load_model\n\ndef status")
     .replace(
         'quantize(small, out / "small", Recipe(4, 32))', "load_model(small, quantize=Recipe(4, 32).scheme_of)"
     )

@@ -8,7 +8,7 @@ import torch
 from glm5.checkpoint import names
 from glm5.config import MODEL_TYPES
 from glm5.errors import RecipeError
-from glm5.layers.packed import Scheme
+from glm5.formats.packed import Scheme
 from glm5.model.transformer import GlmForCausalLM
 from glm5.quantize import Recipe, widest_group
 from tests.checkpoint.checkpoint_fixture import refused
@@ -123,8 +123,8 @@ def test_a_rule_of_impossible_bits_or_groups_is_refused() -> None:
 
 
 def test_a_scheme_says_what_a_weight_costs() -> None:
-    assert Scheme(4, 64).bits_per_weight() == 4.25
-    assert Scheme(8, 32, torch.float32).bits_per_weight() == 9.0
+    assert 8 * Scheme(4, 64).num_bytes(3, 128) / (3 * 128) == 4.25
+    assert 8 * Scheme(8, 32, torch.float32).num_bytes(2, 64) / (2 * 64) == 9.0
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

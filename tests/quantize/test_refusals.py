@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from glm5.checkpoint import load_model
 from glm5.disk.shards import SINGLE_FILE
 from glm5.errors import CheckpointError, ConfigError, Glm5Error, RecipeError
+from glm5.layers.loading import load_model
 from glm5.quantize import Recipe, quantize
 from tests.checkpoint.checkpoint_fixture import Tensors, refused, with_json, with_tensors
 from tests.quantize.quantize_fixture import RECIPE, contents, save_source, small_config

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrain
 from transformers.utils import logging as transformers_logging
 
 import glm5
-from glm5.checkpoint import load_model, names
+from glm5.checkpoint import names
 from glm5.config import MODEL_TYPES, ModelConfig
+from glm5.layers.loading import load_model
 from glm5.model.transformer import GlmForCausalLM
 from glm5.quantize import Calibration, Recipe, quantize
 from tests.model_fixture import random_ids

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from glm5.config import MODEL_TYPES
 from glm5.errors import RequestError
-from glm5.model.masks import TokenPlaces
-from glm5.model.transformer import token_places
+from glm5.model.masks import TokenPositions
+from glm5.model.transformer import token_positions
 from glm5.runtime.cache import Cache
 from tests.model_fixture import random_ids, tiny_config, tiny_model
 
@@ -68,10 +68,6 @@ def test_keys_and_values_and_index_keys_grow_in_place_too() -> None:
 def test_only_layers_with_an_indexer_hold_index_keys() -> None:
     cache = tiny_cache(**SHARED)
     assert [layer._index_keys is not None for layer in cache.layers] == [True, False, False, True]
-    latents, index_keys = 4 * (32 + 8), 2 * 12
-    assert cache.bytes_per_token() == 4 * (latents + index_keys)
-    assert tiny_cache("glm4_moe_lite").bytes_per_token() == 3 * (32 + 8) * 4
-    assert tiny_cache("glm4_moe").bytes_per_token() == 3 * 2 * (2 * 24) * 4
 
 
 def test_the_draft_layer_gets_a_cache_of_its_own() -> None:
@@ -112,13 +108,13 @@ def test_a_layer_refuses_what_does_not_fit() -> None:
     with pytest.raises(RequestError, match="is for 2 rows, not 1"):
         cache.layers[0].append_latents(torch.zeros(1, 1, 40))
     with pytest.raises(RequestError, match="is for 2 rows, not 3"):
-        cache.append_places(token_places(random_ids(3, 2), cache=cache))
+        cache.append_positions(token_positions(random_ids(3, 2), cache=cache))
 
 
 def test_packed_documents_are_refused() -> None:
     cache, ids = tiny_cache(), random_ids(2, 4)
     with pytest.raises(RequestError, match="packed documents"):
-        cache.append_places(token_places(ids, document_ids=torch.zeros_like(ids), cache=cache))
+        cache.append_positions(token_positions(ids, document_ids=torch.zeros_like(ids), cache=cache))
 
 
 @quick
@@ -126,14 +122,14 @@ def test_packed_documents_are_refused() -> None:
 def test_truncated_tokens_are_forgotten(length: int, data: st.DataObject) -> None:
     cache, kept = tiny_cache(), data.draw(st.integers(0, length))
     rows = torch.randn(2, length + 1, 40)
-    cache.append_places(token_places(random_ids(2, length), cache=cache))
+    cache.append_positions(token_positions(random_ids(2, length), cache=cache))
     cache.layers[0].append_latents(rows[:, :length])
     cache.advance(length)
     cache.truncate(kept)
     assert cache.length == kept
-    places = token_places(random_ids(2, 1), cache=cache)
+    places = token_positions(random_ids(2, 1), cache=cache)
     assert places.positions.tolist() == [[kept], [kept]]
-    assert cache.append_places(places).positions.tolist() == [list(range(kept + 1))] * 2
+    assert cache.append_positions(places).positions.tolist() == [list(range(kept + 1))] * 2
     held = cache.layers[0].append_latents(rows[:, length:])
     assert torch.equal(held, torch.cat((rows[:, :kept], rows[:, length:]), dim=1))
 
@@ -141,7 +137,7 @@ def test_truncated_tokens_are_forgotten(length: int, data: st.DataObject) -> Non
 # --- places ----------------------------------------------------------------------------------
 
 
-def spelt_out(places: TokenPlaces) -> tuple[Tensor, Tensor, Tensor]:
+def spelt_out(places: TokenPositions) -> tuple[Tensor, Tensor, Tensor]:
     shape = places.positions.shape
     valid = torch.ones(shape, dtype=torch.bool) if places.valid is None else places.valid
     prefix = torch.zeros(shape, dtype=torch.bool) if places.prefix is None else places.prefix
@@ -162,19 +158,19 @@ def test_places_are_the_same_in_chunks_and_in_one_piece(
     cache = tiny_cache(batch=batch)
     held = None
     for at in torch.arange(longest).split(cuts(data, longest)):
-        places = token_places(ids[:, at], attention_mask=mask[:, at], prefix_lengths=prefix, cache=cache)
-        held = cache.append_places(places)
+        places = token_positions(ids[:, at], attention_mask=mask[:, at], prefix_lengths=prefix, cache=cache)
+        held = cache.append_positions(places)
         cache.advance(len(at))
-    whole = token_places(ids, attention_mask=mask, prefix_lengths=prefix)
+    whole = token_positions(ids, attention_mask=mask, prefix_lengths=prefix)
     for chunked, expected in zip(spelt_out(held), spelt_out(whole), strict=True):
         assert torch.equal(chunked, expected)
-    following = token_places(ids[:, :1], cache=cache).positions
+    following = token_positions(ids[:, :1], cache=cache).positions
     assert following.flatten().tolist() == lengths
 
 
 def test_rows_that_stand_at_different_positions_count_on_from_their_own() -> None:
     cache = tiny_cache()
-    first = token_places(random_ids(2, 2), position_ids=torch.tensor([[0, 1], [5, 6]]), cache=cache)
-    cache.append_places(first)
+    first = token_positions(random_ids(2, 2), position_ids=torch.tensor([[0, 1], [5, 6]]), cache=cache)
+    cache.append_positions(first)
     cache.advance(2)
-    assert token_places(random_ids(2, 2), cache=cache).positions.tolist() == [[2, 3], [7, 8]]
+    assert token_positions(random_ids(2, 2), cache=cache).positions.tolist() == [[2, 3], [7, 8]]

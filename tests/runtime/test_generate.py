@@ -11,8 +11,10 @@ import torch
 
 import glm5
 from glm5 import AutoModelForCausalLM, LanguageModel
+from glm5.checkpoint import Checkpoint
 from glm5.errors import ConfigError, RequestError
-from glm5.runtime.generation_config import read_generation_config
+from glm5.runtime.generation_config import sampling_defaults
+from tests.model_fixture import tiny_config
 from tests.runtime.language_model_fixture import tiny_language_model
 
 
@@ -112,7 +114,7 @@ def test_a_generation_config_says_whether_to_draw(
     tmp_path: Path, raw: dict[str, Any], temperature: float
 ) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(raw))
-    assert read_generation_config(tmp_path).temperature == temperature
+    assert sampling_defaults(Checkpoint(tmp_path, tiny_config())).temperature == temperature
 
 
 def test_the_end_tokens_of_the_generation_config_count(tmp_path: Path) -> None:

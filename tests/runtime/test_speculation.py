@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from glm5.config import MODEL_TYPES
 from glm5.errors import RequestError
-from glm5.model.masks import visibility
-from glm5.model.transformer import GlmForCausalLM, token_places
+from glm5.model.transformer import GlmForCausalLM, token_positions
 from glm5.runtime.decoding import decode, make_rows
 from glm5.runtime.sampling import SamplingParams
 from glm5.runtime.speculation import SpeculationStats, decode_speculatively
@@ -111,13 +110,8 @@ def test_the_draft_layer_reads_what_it_reads_in_training(model_type: str, chunk:
     ids, _, stats = speculated(model, prompt, SamplingParams(max_new_tokens=14), 1, chunk)
     hook.remove()
     whole = torch.tensor([[*prompt, *ids]])
-    places = token_places(whole[:, 1:])
-    expected = model.mtp[0].draft(
-        model(whole).hidden[:, :-1],
-        model.model.embed_tokens(whole[:, 1:]),
-        model.angles(places.positions),
-        visibility(places, places),
-    )
+    step = model.step(token_positions(whole[:, 1:]))
+    expected = model.mtp[0](model(whole).hidden[:, :-1], model.model.embed_tokens(whole[:, 1:]), step)
     found = torch.cat(read, dim=1)
     assert found.shape[1] >= whole.shape[1] - 3
     torch.testing.assert_close(found, expected[:, : found.shape[1]], atol=2e-5, rtol=1e-4)

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from glm5.model.masks import TokenPlaces, visibility
-from glm5.model.moe import Routing
+from glm5.model.masks import TokenPositions, visibility
+from glm5.model.routing import Routing
 from glm5.training import losses
 from tests.model_fixture import random_ids, tiny_config, tiny_model
 
@@ -57,6 +57,9 @@ def test_targets_stay_inside_their_document(ahead: int, seed: int) -> None:
             assert int(targets[row, t]) == (int(ids[row, s]) if good else losses.IGNORED)
 
 
+ALL = torch.ones(8, 64, dtype=torch.bool)
+
+
 def routing_of(ids: torch.Tensor, scores: torch.Tensor) -> Routing:
     return Routing(ids, torch.ones_like(ids, dtype=torch.float32), scores)
 
@@ -64,10 +67,10 @@ def routing_of(ids: torch.Tensor, scores: torch.Tensor) -> Routing:
 def test_balance_loss_is_one_when_even_and_grows_with_imbalance() -> None:
     even = torch.tensor([[0, 1], [2, 3], [0, 1], [2, 3]])
     flat = torch.full((4, 4), 0.5)
-    assert float(losses.balance_loss(routing_of(even, flat), 1)) == 1.0
+    assert float(losses.balance_loss(routing_of(even, flat), ALL[:1, :4])) == 1.0
     lopsided = torch.tensor([[0, 1]] * 4)
     scores = torch.tensor([[0.9, 0.9, 0.1, 0.1]] * 4)
-    assert float(losses.balance_loss(routing_of(lopsided, scores), 1)) > 1.5
+    assert float(losses.balance_loss(routing_of(lopsided, scores), ALL[:1, :4])) > 1.5
 
 
 @quick
@@ -83,7 +86,7 @@ def test_balance_loss_follows_its_formula(rows: int, length: int, experts: int, 
             f = experts / (2 * length) * int((ids[part] == expert).sum())
             p = float((scores[part, expert] / scores[part].sum(dim=-1)).mean())
             wanted += f * p / rows
-    got = losses.balance_loss(routing_of(ids, scores), rows)
+    got = losses.balance_loss(routing_of(ids, scores), ALL[:rows, :length])
     torch.testing.assert_close(got, torch.tensor(wanted), rtol=1e-4, atol=1e-5)
 
 
@@ -96,12 +99,10 @@ def test_bias_moves_towards_idle_experts() -> None:
 def test_indexer_loss_teaches_the_indexer_only_and_falls() -> None:
     model = tiny_model(tiny_config(num_nextn_predict_layers=0))
     ids = random_ids(2, 24, model.config.vocab_size)
-    places = TokenPlaces(torch.arange(24).expand(2, 24))
-    visible, angles = visibility(places, places), model.angles(places.positions)
+    positions = TokenPositions(torch.arange(24).expand(2, 24))
+    visible, angles = visibility(positions, positions), model.angles(positions.positions)
     attention = model.model.layers[0].self_attn
-    attention.record_input = True
-    model.model(ids, angles, visible)
-    served = [(attention, attention.last_input)]
+    served = [(attention, model.model.layers[0].input_layernorm(model.model.embed_tokens(ids)).detach())]
     learned = torch.ones(2, 24, dtype=torch.bool)
     optimizer = torch.optim.Adam(attention.indexer.parameters(), lr=3e-2)
     first = last = None

@@ -1,13 +1,12 @@
-"""Checkpoint directories in and out: the Hugging Face layout, bf16/fp16/fp32 and official FP8.
+"""Checkpoint directories in and out: the Hugging Face layout, in every form that `glm5.formats` knows.
 
-`load_model` and `save_model` are the verbs; `ShardIndex` answers what a directory holds without
-reading a weight.
+`Checkpoint` is a directory opened once; `plan_reads` and `fill` go from it to memory; `save_model` writes one.
 """
 
 from __future__ import annotations
 
-from glm5.checkpoint.reading import load_model
+from glm5.checkpoint.directory import Checkpoint
 from glm5.checkpoint.writing import save_model
 from glm5.disk.shards import ShardIndex
 
-__all__ = ["ShardIndex", "load_model", "save_model"]
+__all__ = ["Checkpoint", "ShardIndex", "save_model"]

@@ -1,7 +1,7 @@
 """The only place that knows how our parameters are called in published checkpoints.
 
-Ours differ in two things: the experts of a layer are one tensor (on disk: one per expert and
-projection), and the MTP layers are `mtp.k` (on disk: `model.layers.{num_hidden_layers + k}`).
+Ours differ in two things: the experts of a layer are one tensor (on disk: one per expert and projection), and
+the MTP layers are `mtp.k`, a decoder layer of theirs `mtp.k.layer` (on disk both `model.layers.{depth + k}`).
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def _expert_pieces(disk: str, name: str, experts: int, width: int) -> Iterator[P
 
 
 def disk_name(name: str, config: ModelConfig) -> str:
-    """`mtp.0.eh_proj.weight` is `model.layers.78.eh_proj.weight` on disk."""
-    match = re.fullmatch(r"mtp\.(\d+)\.(.+)", name)
+    """`mtp.0.layer.mlp.gate.weight` is `model.layers.78.mlp.gate.weight` on disk."""
+    match = re.fullmatch(r"mtp\.(\d+)\.(?:layer\.)?(.+)", name)
     if not match:
         return name
     return f"model.layers.{config.num_hidden_layers + int(match[1])}.{match[2]}"
@@ -93,10 +93,23 @@ def is_mtp(name: str, config: ModelConfig) -> bool:
     return match is not None and int(match[1]) >= config.num_hidden_layers
 
 
+_CACHE_SCALE = re.compile(
+    r"\.self_attn\.(attn\.)?([qkv]_(proj\.)?)?([qkv]_)?(scale|zero_point)$|\.kv_cache_scale$"
+)
+_INDEXER = re.compile(r"model\.layers\.([0-9]{1,6})\.self_attn\.indexer\.")
+
+
 def is_borrowed(name: str, config: ModelConfig) -> bool:
-    """A copy of something the model has already: MTP embeddings and head, tied head, rotary table."""
+    """A weight that no reader needs: what the model has already, or what others keep beside it.
+
+    MTP embeddings and head, a tied head, the rotary table; scales of another engine's KV cache; indexers of
+    layers that share another's choice.
+    """
     if name == "lm_head.weight":
         return config.tie_word_embeddings
-    if name.endswith(".rotary_emb.inv_freq"):
+    if name.endswith(".rotary_emb.inv_freq") or _CACHE_SCALE.search(name):
+        return True
+    shared = _INDEXER.match(name)
+    if shared and int(shared[1]) < config.num_hidden_layers and not config.has_indexer(int(shared[1])):
         return True
     return is_mtp(name, config) and name.endswith((".embed_tokens.weight", ".shared_head.head.weight"))

@@ -1,17 +1,14 @@
 """Writes a model as a checkpoint directory that `transformers` and vLLM load as it is.
 
-The whole checkpoint is written into a subfolder first, so that a full disk or a bad weight leaves
-what was there. Then its files are moved up, while `config.json` is away: a crash between two moves
-leaves a directory that every reader refuses, never a mixture of two models.
+Config, weights and what goes beside them appear together or not at all (`glm5.disk.staged`), and nothing of
+an earlier model stays behind.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,26 +19,41 @@ from torch import Tensor
 
 from glm5.checkpoint import names
 from glm5.config import ModelConfig
-from glm5.disk.files import fsync_directory, write_atomic
+from glm5.disk.files import write_atomic
 from glm5.disk.safetensors_file import PlannedTensor, write_safetensors
-from glm5.disk.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, STAGING
+from glm5.disk.shards import INDEX_FILE, SINGLE_FILE
+from glm5.disk.staged import staged
 from glm5.errors import CheckpointError
 from glm5.formats.fp8 import BLOCK, SCALE_SUFFIX, block_quantize, is_quantized, scale_shape
-from glm5.layers.swap import is_packed
 from glm5.model.transformer import GlmForCausalLM
 
 FORMATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
+_BESIDE = (
+    INDEX_FILE, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+)  # fmt: skip
+
+
+def belongs_to_a_model(name: str) -> bool:
+    """Is a file of this name a part of a checkpoint, to be replaced with it?"""
+    return name in _BESIDE or _WEIGHTS.fullmatch(name) is not None
 
 
 def save_model(
-    model: GlmForCausalLM, directory: Path, *, stored: str | None = None, shard_bytes: int = SHARD_BYTES
+    model: GlmForCausalLM,
+    directory: Path,
+    *,
+    stored: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write `config.json` and the weights into `directory`, in place of those it holds.
+    """Write a checkpoint into `directory`, in place of the one it holds.
 
     stored: `fp32`, `fp16`, `bf16` or `fp8` (the official 128x128 blocks); None = the model's dtype.
     shard_bytes: the largest shard; a single tensor may exceed it.
+    beside: writes what goes with the weights (tokenizer, generation defaults) into the folder it is given.
 
     Raises:
         CheckpointError: `stored` is unknown, a weight is not finite and cannot be FP8 or is too large
@@ -50,29 +62,20 @@ def save_model(
     stored = stored or next((k for k, v in FORMATS.items() if v == model.dtype), "fp32")
     if stored not in FORMATS:
         raise CheckpointError(f"stored is {stored!r}; use one of {', '.join(FORMATS)}")
-    if is_packed(model):
+    _refuse_packed(model)
+    with staged(directory, belongs_to_a_model) as staging:
+        if beside is not None:
+            beside(staging)
+        _stage(model, staging, stored, shard_bytes)
+
+
+def _refuse_packed(model: GlmForCausalLM) -> None:
+    with torch.device("meta"):
+        wanted = names.state_tensors(GlmForCausalLM(model.config))
+    if wanted.keys() - names.state_tensors(model).keys():
         raise CheckpointError(
             "packed integers are not saved from memory; copy the model's directory or quantize its source"
         )
-    staging, staged = directory / STAGING, False
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        _stage(model, staging, stored, shard_bytes)
-        staged = True
-    except OSError as error:
-        raise CheckpointError(
-            f"{directory}: cannot be written ({error.strerror}); nothing is changed"
-        ) from None
-    finally:
-        if not staged:
-            shutil.rmtree(staging, ignore_errors=True)
-    try:
-        _move_up(staging, directory)
-    except OSError as error:
-        raise CheckpointError(
-            f"{staging}: cannot be moved into place ({error.strerror}); move its files up, {CONFIG_FILE} last"
-        ) from None
 
 
 def _stage(model: GlmForCausalLM, staging: Path, stored: str, shard_bytes: int) -> None:
@@ -88,27 +91,6 @@ def _stage(model: GlmForCausalLM, staging: Path, stored: str, shard_bytes: int) 
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_atomic(staging / INDEX_FILE, json.dumps(index, indent=2) + "\n")
     stored_config(model.config, stored).save_pretrained(staging)
-
-
-def _move_up(staging: Path, directory: Path) -> None:
-    """Put staged files in place of the old ones; every step is on the disk before the next."""
-    staged = {path.name for path in staging.iterdir()}
-
-    def move(names: set[str]) -> None:
-        for name in sorted(names):
-            os.replace(staging / name, directory / name)
-        fsync_directory(directory)
-
-    for name in (CONFIG_FILE, INDEX_FILE):
-        (directory / name).unlink(missing_ok=True)
-    fsync_directory(directory)
-    move(staged - {CONFIG_FILE, INDEX_FILE})
-    move(staged & {INDEX_FILE})
-    for path in directory.iterdir():
-        if _WEIGHTS.fullmatch(path.name) and path.name not in staged:
-            path.unlink()
-    move({CONFIG_FILE})
-    staging.rmdir()
 
 
 def stored_config(config: ModelConfig, stored: str) -> ModelConfig:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from glm5.config.model_config import MAX_CONFIG_BYTES, MODEL_TYPES, ModelConfig
+from glm5.config.model_config import MODEL_TYPES, ModelConfig
 
-__all__ = ["MAX_CONFIG_BYTES", "MODEL_TYPES", "ModelConfig"]
+__all__ = ["MODEL_TYPES", "ModelConfig"]

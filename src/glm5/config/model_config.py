@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from glm5.config.checks import check, check_depth
+from glm5.disk.files import write_atomic
+from glm5.disk.json_file import read_json
 from glm5.errors import ConfigError
 
 MODEL_TYPES = ("glm_moe_dsa", "glm4_moe", "glm4_moe_lite")
@@ -23,8 +25,6 @@ ARCHITECTURES = {
     "glm4_moe": "Glm4MoeForCausalLM",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
 }
-# A larger config.json is not a config: the largest published one is about 30 KB.
-MAX_CONFIG_BYTES = 8 << 20
 
 _ALIASES = {
     "num_experts": "n_routed_experts",
@@ -180,18 +180,7 @@ class ModelConfig:
         path = Path(directory)
         if path.is_dir():
             path = path / "config.json"
-        try:
-            if path.stat().st_size > MAX_CONFIG_BYTES:
-                raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES >> 20} MiB, not a config.json")
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file; a checkpoint directory needs one") from None
-        except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, endless number
-            raise ConfigError(f"{path}: not valid JSON ({error}); download it again") from None
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: holds a JSON {type(raw).__name__}, expected an object")
+        raw = read_json(path, error=ConfigError)
         try:
             return cls.from_dict(raw)
         except ConfigError as error:
@@ -272,8 +261,6 @@ class ModelConfig:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `config.json` into `directory`, atomically."""
-        from glm5.disk.files import write_atomic
-
         write_atomic(
             Path(directory) / "config.json", json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         )

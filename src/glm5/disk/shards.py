@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 
+from glm5.disk.json_file import read_json
 from glm5.disk.safetensors_file import SafetensorsFile, TensorInfo, shown
 from glm5.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-# Where a checkpoint is written before its files are moved up; only a crash leaves one behind.
-STAGING = ".glm5-saving"
 # The largest published index (59,585 names) is 6 MB.
 MAX_INDEX_BYTES = 256 << 20
 
@@ -101,15 +99,8 @@ class ShardIndex:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    try:
-        if path.stat().st_size > MAX_INDEX_BYTES:
-            raise CheckpointError(f"{path}: larger than {MAX_INDEX_BYTES >> 20} MiB, not an index")
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, endless number
-        raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    index = read_json(path, limit=MAX_INDEX_BYTES)
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map object; download it again")
     wrong = next((name for name, shard in weight_map.items() if not isinstance(shard, str)), None)

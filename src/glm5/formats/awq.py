@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from glm5.formats.decoding import Grid, decode, grid_shape, unpack
-from glm5.formats.format import Format, Weight
+from glm5.formats.format import CodedFormat, Weight
+from glm5.formats.parts import FLOATS, Parts
 from glm5.formats.settings import Settings
-from glm5.formats.stored import FLOATS, Stored
 
 _BITS = 4
 _CODES = 8  # in a word
@@ -21,7 +21,7 @@ _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACES = torch.tensor([_ORDER.index(i) for i in range(_CODES)])
 
 
-class Awq(Format):
+class Awq(CodedFormat):
     """A weight with a `qweight` is quantized, whatever `modules_to_not_convert` says."""
 
     def __init__(self, settings: Settings) -> None:
@@ -32,23 +32,23 @@ class Awq(Format):
         self._group_size = settings.group_size(128)
         self._has_zero_points = settings.flag("zero_point", True)
 
-    def suffixes(self, stored: Stored) -> tuple[str, ...] | None:
-        return ("qweight", "qzeros", "scales", "weight") if stored.has("qweight") else None
+    def suffixes(self, parts: Parts) -> tuple[str, ...] | None:
+        return ("qweight", "qzeros", "scales", "weight") if parts.has("qweight") else None
 
-    def checked(self, stored: Stored) -> Weight:
-        if stored.has("weight"):
-            raise stored.refuse("weight", "is stored a second time as qweight")
-        columns, wide = stored.matrix("qweight", "I32")
+    def checked(self, parts: Parts) -> Weight:
+        if parts.has("weight"):
+            raise parts.refuse("weight", "is stored a second time as qweight")
+        columns, wide = parts.matrix("qweight", "I32")
         out, size = wide * _CODES, self._group_size or max(columns, 1)
         groups = grid_shape((out, columns), (1, size))[1]
-        stored.check("scales", FLOATS, (groups, out))
-        if self._has_zero_points or stored.has("qzeros"):
-            stored.check("qzeros", ("I32",), (groups, wide))
+        parts.check("scales", FLOATS, (groups, out))
+        if self._has_zero_points or parts.has("qzeros"):
+            parts.check("qzeros", ("I32",), (groups, wide))
 
         def read(first: int, last: int) -> Tensor:
-            scale = stored.finite("scales", stored.scale("scales"), 2.0**_BITS).t()
-            grid = Grid(scale, (1, size), self._zero_points(stored))
-            codes = stored.read("qweight")
+            scale = parts.finite("scales", parts.scale("scales"), 2.0**_BITS).t()
+            grid = Grid(scale, (1, size), self._zero_points(parts))
+            codes = parts.read("qweight")
 
             def of_rows(start: int, stop: int) -> Tensor:
                 top = start // _CODES
@@ -60,13 +60,13 @@ class Awq(Format):
 
         return Weight((out, columns), read)
 
-    def _zero_points(self, stored: Stored) -> Tensor | float:
+    def _zero_points(self, parts: Parts) -> Tensor | float:
         middle = 2.0 ** (_BITS - 1)
-        if not stored.has("qzeros"):
+        if not parts.has("qzeros"):
             return middle
-        zero = _unpacked(stored.read("qzeros")).float()
+        zero = _unpacked(parts.read("qzeros")).float()
         if not self._has_zero_points and bool((zero != middle).any()):
-            raise stored.refuse("qzeros", "holds zero points, but config.json says zero_point false")
+            raise parts.refuse("qzeros", "holds zero points, but config.json says zero_point false")
         return zero
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from glm5.disk.shards import ShardIndex
 from glm5.formats.decoding import grid_shape
-from glm5.formats.format import Format, Weight
+from glm5.formats.format import CodedFormat, Weight
 from glm5.formats.fp8 import BLOCK, FP8_MAX, block_dequantize
+from glm5.formats.parts import FLOATS, Parts
 from glm5.formats.settings import LARGEST_GROUP, Settings
-from glm5.formats.stored import FLOATS, Stored
 
 SCALE = "weight_scale_inv"
 
 
-class BlockFp8(Format):
+class BlockFp8(CodedFormat):
     """`block`: rows and columns that share a scale."""
 
     def __init__(self, settings: Settings) -> None:
@@ -30,21 +31,33 @@ class BlockFp8(Format):
                 raise settings.refuse("weight_block_size", "two sizes")
             self.block = (sizes[0], sizes[1])
 
-    def suffixes(self, stored: Stored) -> tuple[str, ...] | None:
-        return ("weight", SCALE, "input_scale") if stored.dtype("weight") == "F8_E4M3" else None
+    def suffixes(self, parts: Parts) -> tuple[str, ...] | None:
+        return ("weight", SCALE, "input_scale") if parts.dtype("weight") == "F8_E4M3" else None
 
-    def checked(self, stored: Stored) -> Weight:
-        return block_fp8(stored, self.block)
+    def checked(self, parts: Parts) -> Weight:
+        return block_fp8(parts, self.block)
+
+    def fill(self, name: str, index: ShardIndex, target: Tensor) -> None:
+        """A row of blocks at a time, on the target's device: the matrix never exists in fp32 beside it."""
+        self.shape(name, index)
+        parts = Parts(index, name.removesuffix(".weight"))
+        scale = parts.finite(SCALE, parts.scale(SCALE), FP8_MAX).to(target.device)
+        block_dequantize(parts.numbers("weight").to(target.device), scale, self.block, out=target)
 
 
-def block_fp8(stored: Stored, block: tuple[int, int]) -> Weight:
+def block_fp8(parts: Parts, block: tuple[int, int]) -> Weight:
     """`weight` in e4m3 with `weight_scale_inv`."""
-    shape = stored.matrix("weight", "F8_E4M3")
-    stored.check(SCALE, FLOATS, grid_shape(shape, block))
+    found = parts.info("weight").shape
+    if len(found) != 2:
+        raise parts.refuse("weight", f"is FP8 {list(found)}; only matrices have block scales")
+    if not parts.has(SCALE):
+        raise parts.refuse("weight", f"is FP8 but {parts.module}.{SCALE} is missing")
+    shape = parts.matrix("weight", "F8_E4M3")
+    parts.check(SCALE, FLOATS, grid_shape(shape, block))
 
     def read(first: int, last: int) -> Tensor:
-        scale = stored.finite(SCALE, stored.scale(SCALE), FP8_MAX)
-        codes = stored.numbers("weight")
+        scale = parts.finite(SCALE, parts.scale(SCALE), FP8_MAX)
+        codes = parts.numbers("weight")
         top = first // block[0]  # the scales of the block that row `first` lies in
         start = top * block[0]
         return block_dequantize(codes[start:last], scale[top:], block)[first - start :]

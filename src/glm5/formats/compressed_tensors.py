@@ -9,12 +9,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from glm5.formats.decoding import Grid, decode, grid_shape, unpack, words
-from glm5.formats.format import Format, Weight
+from glm5.formats.format import CodedFormat, Weight
 from glm5.formats.fp4 import mxfp4, nvfp4
 from glm5.formats.fp8_scales import mxfp8, scaled_fp8
 from glm5.formats.groups import Group, Groups
+from glm5.formats.parts import FLOATS, SCALAR, Parts
 from glm5.formats.settings import Settings
-from glm5.formats.stored import FLOATS, SCALAR, Stored
 
 PACKED, PLAIN = "weight_packed", "weight"
 SCALE, ZERO, SHAPE, G_IDX = "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"
@@ -24,7 +24,7 @@ _PARTS = (SCALE, ZERO, SHAPE, G_IDX, GLOBAL, *_ACTIVATIONS)
 _CODES = ("F8_E4M3", "I8")
 
 
-class CompressedTensors(Format):
+class CompressedTensors(CodedFormat):
     """Which tensors are there decides whether a weight is quantized; its group says how."""
 
     def __init__(self, settings: Settings) -> None:
@@ -45,64 +45,64 @@ class CompressedTensors(Format):
         """
         return self._groups.of(module)
 
-    def suffixes(self, stored: Stored) -> tuple[str, ...] | None:
-        if stored.has(PACKED):
+    def suffixes(self, parts: Parts) -> tuple[str, ...] | None:
+        if parts.has(PACKED):
             return (PACKED, PLAIN, *_PARTS)
-        return (PLAIN, *_PARTS) if stored.dtype(PLAIN) in _CODES else None
+        return (PLAIN, *_PARTS) if parts.dtype(PLAIN) in _CODES else None
 
-    def checked(self, stored: Stored) -> Weight:
-        if stored.has(PACKED) and stored.has(PLAIN):
-            raise stored.refuse(PLAIN, f"is stored a second time as {PACKED}")
-        group = self.group_of(stored.module)
+    def checked(self, parts: Parts) -> Weight:
+        if parts.has(PACKED) and parts.has(PLAIN):
+            raise parts.refuse(PLAIN, f"is stored a second time as {PACKED}")
+        group = self.group_of(parts.module)
         if group is None:
-            found = PACKED if stored.has(PACKED) else PLAIN
-            raise stored.refuse(
+            found = PACKED if parts.has(PACKED) else PLAIN
+            raise parts.refuse(
                 found,
                 f"is quantized, but {self._where} has no group for its module",
                 "get weights and config.json from one place",
             )
         if group.type == "int":
-            return _integers(stored, group, packed=stored.has(PACKED))
+            return _integers(parts, group, packed=parts.has(PACKED))
         if group.format == "nvfp4-pack-quantized":
-            return nvfp4(stored, PACKED, GLOBAL, reciprocal=True)
+            return nvfp4(parts, PACKED, GLOBAL, reciprocal=True)
         if group.format == "mxfp4-pack-quantized":
-            return mxfp4(stored, PACKED, SCALE)
+            return mxfp4(parts, PACKED, SCALE)
         if group.format == "mxfp8-quantized":
-            return mxfp8(stored)
-        block, (down, across) = _grid(group, stored.matrix(PLAIN, "F8_E4M3"))
-        return scaled_fp8(stored, block, (down, across), *_scale_shapes(group, down, across))
+            return mxfp8(parts)
+        block, (down, across) = _grid(group, parts.matrix(PLAIN, "F8_E4M3"))
+        return scaled_fp8(parts, block, (down, across), *_scale_shapes(group, down, across))
 
 
-def _integers(stored: Stored, group: Group, packed: bool) -> Weight:
+def _integers(parts: Parts, group: Group, packed: bool) -> Weight:
     """Signed codes. Packed, they and their zero points are stored with 2 ** (bits - 1) added."""
-    shape = _packed_shape(stored, group) if packed else stored.matrix(PLAIN, "I8")
+    shape = _packed_shape(parts, group) if packed else parts.matrix(PLAIN, "I8")
     block, (down, across) = _grid(group, shape)
-    stored.check(SCALE, FLOATS, *_scale_shapes(group, down, across))
+    parts.check(SCALE, FLOATS, *_scale_shapes(group, down, across))
     # Only these two strategies have their zero points packed, and down the rows at that.
     packed_zero = packed and group.strategy in ("group", "channel")
     if not group.symmetric and packed_zero:
-        stored.check(ZERO, ("I32",), (words(down, group.bits), across))
+        parts.check(ZERO, ("I32",), (words(down, group.bits), across))
     elif not group.symmetric:
-        stored.check(ZERO, ("I8",), *_scale_shapes(group, down, across))
-    if stored.has(G_IDX):
-        stored.check(G_IDX, ("I32", "I64"), (shape[1],))
+        parts.check(ZERO, ("I8",), *_scale_shapes(group, down, across))
+    if parts.has(G_IDX):
+        parts.check(G_IDX, ("I32", "I64"), (shape[1],))
     half = 1 << group.bits - 1
     offset = half if packed else 0
 
     def read(first: int, last: int) -> Tensor:
-        if packed and stored.has(SHAPE):
-            _check_shape(stored, shape)
-        scale = stored.finite(SCALE, stored.scale(SCALE), 2.0 * half).reshape(down, across)
+        if packed and parts.has(SHAPE):
+            _check_shape(parts, shape)
+        scale = parts.finite(SCALE, parts.scale(SCALE), 2.0 * half).reshape(down, across)
         zero: Tensor | float
         if group.symmetric:
-            _check_no_zero_points(stored)
+            _check_no_zero_points(parts)
             zero = float(offset)
         elif packed_zero:
-            zero = unpack(stored.read(ZERO).t(), group.bits, down).t().float()
+            zero = unpack(parts.read(ZERO).t(), group.bits, down).t().float()
         else:
-            zero = _in_range(stored, ZERO, half).float().reshape(down, across) + offset
-        grid = Grid(scale, block, zero, _columns(stored, shape[1], across))
-        codes = stored.read(PACKED) if packed else _in_range(stored, PLAIN, half)
+            zero = _in_range(parts, ZERO, half).float().reshape(down, across) + offset
+        grid = Grid(scale, block, zero, _columns(parts, shape[1], across))
+        codes = parts.read(PACKED) if packed else _in_range(parts, PLAIN, half)
 
         def of_rows(start: int, stop: int) -> Tensor:
             return unpack(codes[start:stop], group.bits, shape[1]) if packed else codes[start:stop]
@@ -112,28 +112,28 @@ def _integers(stored: Stored, group: Group, packed: bool) -> Weight:
     return Weight(shape, read)
 
 
-def _packed_shape(stored: Stored, group: Group) -> tuple[int, int]:
+def _packed_shape(parts: Parts, group: Group) -> tuple[int, int]:
     """From the headers where whole groups fill the words, as the library asks, else `weight_shape`.
 
     Reading that for every expert of GLM-5 would be 57,600 reads of 16 bytes before the first weight.
     """
-    out, across = stored.matrix(PACKED, "I32")
+    out, across = parts.matrix(PACKED, "I32")
     if group.strategy == "group" and group.group_size:
-        columns = stored.matrix(SCALE, *FLOATS)[1] * group.group_size
+        columns = parts.matrix(SCALE, *FLOATS)[1] * group.group_size
         if words(columns, group.bits) == across:
             return out, columns
-    stored.check(SHAPE, ("I64", "I32"), (2,))
-    rows, columns = stored.read(SHAPE).tolist()
+    parts.check(SHAPE, ("I64", "I32"), (2,))
+    rows, columns = parts.read(SHAPE).tolist()
     if rows != out or columns < 0 or words(columns, group.bits) != across:
-        raise stored.refuse(SHAPE, f"says {[rows, columns]}, but {PACKED} is {[out, across]}")
+        raise parts.refuse(SHAPE, f"says {[rows, columns]}, but {PACKED} is {[out, across]}")
     return out, columns
 
 
-def _check_shape(stored: Stored, shape: tuple[int, int]) -> None:
-    stored.check(SHAPE, ("I64", "I32"), (2,))
-    found = stored.read(SHAPE).tolist()
+def _check_shape(parts: Parts, shape: tuple[int, int]) -> None:
+    parts.check(SHAPE, ("I64", "I32"), (2,))
+    found = parts.read(SHAPE).tolist()
     if found != list(shape):
-        raise stored.refuse(SHAPE, f"says {found}, but the other tensors make {list(shape)}")
+        raise parts.refuse(SHAPE, f"says {found}, but the other tensors make {list(shape)}")
 
 
 def _grid(group: Group, shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -153,21 +153,21 @@ def _scale_shapes(group: Group, down: int, across: int) -> tuple[tuple[int, ...]
     return ((down, 1), (down,)) if group.strategy == "channel" else ((down, across),)
 
 
-def _check_no_zero_points(stored: Stored) -> None:
+def _check_no_zero_points(parts: Parts) -> None:
     """Some writers store zero points of symmetric weights too, all of them nought."""
-    if stored.has(ZERO) and bool(stored.read(ZERO).float().any()):
-        raise stored.refuse(ZERO, "holds zero points, but config.json calls these weights symmetric")
+    if parts.has(ZERO) and bool(parts.read(ZERO).float().any()):
+        raise parts.refuse(ZERO, "holds zero points, but config.json calls these weights symmetric")
 
 
-def _columns(stored: Stored, columns: int, groups: int) -> Tensor | None:
+def _columns(parts: Parts, columns: int, groups: int) -> Tensor | None:
     """The group of each column, where the columns were put in another order (`actorder`)."""
-    if not stored.has(G_IDX) or bool((stored.read(G_IDX) == -1).all()):
+    if not parts.has(G_IDX) or bool((parts.read(G_IDX) == -1).all()):
         return None  # -1 throughout: set up and never used
-    return stored.column_groups(G_IDX, columns, groups)
+    return parts.column_groups(G_IDX, columns, groups)
 
 
-def _in_range(stored: Stored, suffix: str, half: int) -> Tensor:
-    codes = stored.read(suffix)
+def _in_range(parts: Parts, suffix: str, half: int) -> Tensor:
+    codes = parts.read(suffix)
     if codes.numel() and not -half <= int(codes.min()) <= int(codes.max()) < half:
-        raise stored.refuse(suffix, f"holds a value that is not in {-half}..{half - 1}")
+        raise parts.refuse(suffix, f"holds a value that is not in {-half}..{half - 1}")
     return codes

@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from glm5.disk.safetensors_file import shown
 from glm5.disk.shards import ShardIndex
 from glm5.errors import CheckpointError
-from glm5.formats.stored import Stored
+from glm5.formats.parts import Parts
 
 # Past any layer. A tensor without elements may claim any extent, which torch could not count.
 LARGEST_EXTENT = 1 << 32
@@ -27,23 +28,56 @@ class Weight(NamedTuple):
 class Format(ABC):
     """A way to store weights. Names are logical: `model.layers.0.mlp.experts.3.gate_proj.weight`."""
 
+    @abstractmethod
     def stored_names(self, name: str, index: ShardIndex) -> list[str] | None:
         """Every tensor on disk that belongs to this weight, the main one first.
 
         Those that are not used (scales of activations) count too. None: not stored in this form.
         """
-        if not name.endswith(".weight"):
-            return None
-        stored = Stored(index, name.removesuffix(".weight"))
-        suffixes = self.suffixes(stored)
-        return None if suffixes is None else stored.names(suffixes)
 
+    @abstractmethod
     def shape(self, name: str, index: ShardIndex) -> tuple[int, ...]:
-        """The logical [out, in], after every header is checked.
+        """The logical shape, after every header is checked.
 
         Raises:
             CheckpointError: a part is missing or of a wrong shape or dtype, or `stored_names` is None.
         """
+
+    @abstractmethod
+    def read(self, name: str, index: ShardIndex, rows: slice | None = None) -> Tensor:
+        """The weight, or these rows of it, on the CPU in its `dtype`."""
+
+    def dtype(self, name: str, index: ShardIndex) -> torch.dtype:
+        """What `read` gives: fp32. A code times its scale has more bits than bf16 keeps, and who rounds the
+        weight again should be the only one that rounds it.
+        """
+        return torch.float32
+
+    def fill(self, name: str, index: ShardIndex, target: Tensor) -> None:
+        """Read the weight into `target`, of any float dtype and device."""
+        target.copy_(self.read(name, index))
+
+    def lies_as(self, name: str, index: ShardIndex, target: Tensor) -> bool:
+        """Can the bytes go from the file into `target` as they are?"""
+        return False
+
+    @property
+    def is_decoded(self) -> bool:
+        """Is a weight stored as codes with scales?"""
+        return True
+
+
+class CodedFormat(Format):
+    """Codes with scales: matrices only, whose tensors are named after their module."""
+
+    def stored_names(self, name: str, index: ShardIndex) -> list[str] | None:
+        if not name.endswith(".weight"):
+            return None
+        parts = Parts(index, name.removesuffix(".weight"))
+        suffixes = self.suffixes(parts)
+        return None if suffixes is None else parts.names(suffixes)
+
+    def shape(self, name: str, index: ShardIndex) -> tuple[int, ...]:
         return self._weight(name, index).shape
 
     def read(self, name: str, index: ShardIndex, rows: slice | None = None) -> Tensor:
@@ -67,7 +101,7 @@ class Format(ABC):
                 f"{index.directory}: {shown(name)} is not stored as {type(self).__name__}; "
                 "download this checkpoint again"
             )
-        weight = self.checked(Stored(index, name.removesuffix(".weight")))
+        weight = self.checked(Parts(index, name.removesuffix(".weight")))
         if max(weight.shape) > LARGEST_EXTENT:
             raise CheckpointError(
                 f"{index.directory}: {shown(name)} would be {list(weight.shape)}, larger than any layer; "
@@ -76,9 +110,9 @@ class Format(ABC):
         return weight
 
     @abstractmethod
-    def suffixes(self, stored: Stored) -> tuple[str, ...] | None:
+    def suffixes(self, parts: Parts) -> tuple[str, ...] | None:
         """What may stand after the module's name, when its weight is stored in this form."""
 
     @abstractmethod
-    def checked(self, stored: Stored) -> Weight:
+    def checked(self, parts: Parts) -> Weight:
         """Check every header, read no data."""

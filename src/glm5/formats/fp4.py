@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glm5.formats.decoding import Grid, decode, grid_shape
 from glm5.formats.format import Weight
-from glm5.formats.stored import SCALAR, Stored
+from glm5.formats.parts import SCALAR, Parts
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 E2M1_MAX = 6.0
@@ -35,42 +35,42 @@ def e8m0(exponents: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def nvfp4(stored: Stored, packed: str, whole: str, reciprocal: bool) -> Weight:
+def nvfp4(parts: Parts, packed: str, whole: str, reciprocal: bool) -> Weight:
     """e2m1 in groups of 16 with `weight_scale` in e4m3 and a scale of the whole matrix in fp32.
 
     packed, whole: suffixes of the codes and of the scale of the whole.
     reciprocal: whether that one divides (compressed-tensors) or multiplies (ModelOpt).
     """
-    rows, pairs = stored.matrix(packed, "U8")
+    rows, pairs = parts.matrix(packed, "U8")
     shape = (rows, 2 * pairs)
-    stored.check("weight_scale", ("F8_E4M3",), grid_shape(shape, (1, NVFP4_GROUP)))
-    stored.check(whole, ("F32",), *SCALAR)
+    parts.check("weight_scale", ("F8_E4M3",), grid_shape(shape, (1, NVFP4_GROUP)))
+    parts.check(whole, ("F32",), *SCALAR)
 
     def read(first: int, last: int) -> Tensor:
-        of_groups, of_whole = stored.scale("weight_scale"), stored.scale(whole).reshape(1, 1)
+        of_groups, of_whole = parts.scale("weight_scale"), parts.scale(whole).reshape(1, 1)
         scale = of_groups / of_whole if reciprocal else of_groups * of_whole
-        grid = Grid(stored.finite(whole, scale, E2M1_MAX), (1, NVFP4_GROUP))
-        codes = stored.read(packed)
+        grid = Grid(parts.finite(whole, scale, E2M1_MAX), (1, NVFP4_GROUP))
+        codes = parts.read(packed)
         return decode(shape[1], first, last, lambda a, b: e2m1(codes[a:b]), grid)
 
     return Weight(shape, read)
 
 
-def mxfp4(stored: Stored, packed: str, scales: str) -> Weight:
+def mxfp4(parts: Parts, packed: str, scales: str) -> Weight:
     """e2m1 in groups of 32 with e8m0 scales; the codes are [out, in / 2] or [out, in / 32, 16]."""
-    info = stored.info(packed)
+    info = parts.info(packed)
     if len(info.shape) == 3:
         rows, groups = info.shape[:2]
-        stored.check(packed, ("U8",), (rows, groups, MX_GROUP // 2))
+        parts.check(packed, ("U8",), (rows, groups, MX_GROUP // 2))
         shape = (rows, groups * MX_GROUP)
     else:
-        rows, pairs = stored.matrix(packed, "U8")
+        rows, pairs = parts.matrix(packed, "U8")
         shape = (rows, 2 * pairs)
-    stored.check(scales, EXPONENTS, grid_shape(shape, (1, MX_GROUP)))
+    parts.check(scales, EXPONENTS, grid_shape(shape, (1, MX_GROUP)))
 
     def read(first: int, last: int) -> Tensor:
-        grid = Grid(stored.finite(scales, e8m0(stored.read(scales)), E2M1_MAX), (1, MX_GROUP))
-        codes = stored.read(packed).flatten(1)
+        grid = Grid(parts.finite(scales, e8m0(parts.read(scales)), E2M1_MAX), (1, MX_GROUP))
+        codes = parts.read(packed).flatten(1)
         return decode(shape[1], first, last, lambda a, b: e2m1(codes[a:b]), grid)
 
     return Weight(shape, read)

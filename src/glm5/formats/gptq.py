@@ -13,10 +13,10 @@ from torch import Tensor
 
 from glm5.errors import CheckpointError
 from glm5.formats.decoding import Grid, decode, unpack, words
-from glm5.formats.format import Format, Weight
+from glm5.formats.format import CodedFormat, Weight
+from glm5.formats.parts import FLOATS, Parts
 from glm5.formats.patterns import MAX_PATTERNS, NamePattern
 from glm5.formats.settings import Settings, quoted
-from glm5.formats.stored import FLOATS, Stored
 
 _WIDTHS = (2, 3, 4, 8)
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
@@ -28,7 +28,7 @@ class _Rule(NamedTuple):
     symmetric: bool
 
 
-class Gptq(Format):
+class Gptq(CodedFormat):
     """A weight with a `qweight` is quantized; `dynamic` may give its module other bits or groups."""
 
     def __init__(self, settings: Settings) -> None:
@@ -50,28 +50,28 @@ class Gptq(Format):
                 ) from None
             self._special.append((pattern, _rule(override, self._rule)))
 
-    def suffixes(self, stored: Stored) -> tuple[str, ...] | None:
-        return ("qweight", "qzeros", "scales", "g_idx", "weight") if stored.has("qweight") else None
+    def suffixes(self, parts: Parts) -> tuple[str, ...] | None:
+        return ("qweight", "qzeros", "scales", "g_idx", "weight") if parts.has("qweight") else None
 
-    def checked(self, stored: Stored) -> Weight:
-        if stored.has("weight"):
-            raise stored.refuse("weight", "is stored a second time as qweight")
-        rule = next((r for pattern, r in self._special if pattern.matches(stored.module)), self._rule)
-        high, out = stored.matrix("qweight", "I32")
-        columns = _columns(stored, rule, high)
+    def checked(self, parts: Parts) -> Weight:
+        if parts.has("weight"):
+            raise parts.refuse("weight", "is stored a second time as qweight")
+        rule = next((r for pattern, r in self._special if pattern.matches(parts.module)), self._rule)
+        high, out = parts.matrix("qweight", "I32")
+        columns = _columns(parts, rule, high)
         size = rule.group_size or max(columns, 1)
         groups = -(-columns // size)
-        stored.check("scales", FLOATS, (groups, out))
-        if stored.has("qzeros") or not rule.symmetric:
-            stored.check("qzeros", ("I32",), (groups, words(out, rule.bits)))
+        parts.check("scales", FLOATS, (groups, out))
+        if parts.has("qzeros") or not rule.symmetric:
+            parts.check("qzeros", ("I32",), (groups, words(out, rule.bits)))
 
         def read(first: int, last: int) -> Tensor:
-            scale = stored.finite("scales", stored.scale("scales"), 2.0**rule.bits).t()
+            scale = parts.finite("scales", parts.scale("scales"), 2.0**rule.bits).t()
             zero: Tensor | float = 2.0 ** (rule.bits - 1)
-            if stored.has("qzeros"):
-                zero = self._zero_points(stored.read("qzeros"), rule.bits, out).t().float()
-            order = stored.column_groups("g_idx", columns, groups) if stored.has("g_idx") else None
-            codes = stored.read("qweight")
+            if parts.has("qzeros"):
+                zero = self._zero_points(parts.read("qzeros"), rule.bits, out).t().float()
+            order = parts.column_groups("g_idx", columns, groups) if parts.has("g_idx") else None
+            codes = parts.read("qweight")
 
             def of_rows(start: int, stop: int) -> Tensor:
                 return unpack(codes[:, start:stop].t(), rule.bits, columns)
@@ -99,15 +99,13 @@ def _rule(settings: Settings, base: _Rule | None) -> _Rule:
     return _Rule(bits, size, settings.flag("sym", base.symmetric if base else True))
 
 
-def _columns(stored: Stored, rule: _Rule, high: int) -> int:
+def _columns(parts: Parts, rule: _Rule, high: int) -> int:
     """The inputs of the layer: those of `g_idx`, since the last word may be part full."""
-    if not stored.has("g_idx"):
+    if not parts.has("g_idx"):
         return high * 32 // rule.bits
-    shape = stored.info("g_idx").shape
+    shape = parts.info("g_idx").shape
     columns = shape[0] if len(shape) == 1 else -1
     if words(columns, rule.bits) != high:
-        raise stored.refuse(
-            "g_idx", f"is {list(shape)}, but qweight has {high} rows of {rule.bits}-bit codes"
-        )
-    stored.check("g_idx", ("I32", "I64"), (columns,))
+        raise parts.refuse("g_idx", f"is {list(shape)}, but qweight has {high} rows of {rule.bits}-bit codes")
+    parts.check("g_idx", ("I32", "I64"), (columns,))
     return columns

@@ -7,30 +7,30 @@ layer in one tensor, gate and up interleaved) are not read.
 
 from __future__ import annotations
 
-from glm5.formats.format import Format, Weight
+from glm5.formats.format import CodedFormat, Weight
 from glm5.formats.fp4 import MX_GROUP, mxfp4
+from glm5.formats.parts import Parts
 from glm5.formats.settings import Settings
-from glm5.formats.stored import Stored
 
 
-class Mxfp4(Format):
+class Mxfp4(CodedFormat):
     def __init__(self, settings: Settings) -> None:
         if settings.choice("quant_method", ("mxfp4", "quark"), "mxfp4") == "quark":
             _check_quark(settings)
 
-    def suffixes(self, stored: Stored) -> tuple[str, ...] | None:
-        if stored.has("weight_blocks"):
+    def suffixes(self, parts: Parts) -> tuple[str, ...] | None:
+        if parts.has("weight_blocks"):
             return "weight_blocks", "weight_scales", "weight"
-        if stored.dtype("weight") == "U8":
+        if parts.dtype("weight") == "U8":
             return "weight", "weight_scale", "input_scale", "output_scale"
         return None
 
-    def checked(self, stored: Stored) -> Weight:
-        if not stored.has("weight_blocks"):
-            return mxfp4(stored, "weight", "weight_scale")
-        if stored.has("weight"):
-            raise stored.refuse("weight", "is stored a second time as weight_blocks")
-        return mxfp4(stored, "weight_blocks", "weight_scales")
+    def checked(self, parts: Parts) -> Weight:
+        if not parts.has("weight_blocks"):
+            return mxfp4(parts, "weight", "weight_scale")
+        if parts.has("weight"):
+            raise parts.refuse("weight", "is stored a second time as weight_blocks")
+        return mxfp4(parts, "weight_blocks", "weight_scales")
 
 
 def _check_quark(settings: Settings) -> None:

@@ -1,165 +1,258 @@
-"""A decoder layer in one native call, for few tokens over a cache.
+"""A decoder layer in one native call, for any number of tokens: prompts, chunks of them, single tokens.
 
-The layer is `DecoderLayer` itself with another forward. A token of a small model costs more in
-calls than in arithmetic, and so do the small steps between the products of a large one. Prompts,
-gradients and recorded routing take the modules one by one. In 16 bits the residual stream is
-rounded once a layer instead of at each step.
+It is the only way a layer runs on the CPU without gradients, so that how tokens are grouped into calls
+changes no bit. Between its two ends everything is fp32; in a bf16 model the residual stream is rounded once a
+layer. With gradients, on other devices and for other dtypes the modules run one by one, as the paper has them.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from glm5.kernels import _cpu, cpu  # type: ignore[attr-defined]
-from glm5.layers.native_attention import NativeAttention, NativeIndexer
-from glm5.layers.packed import Movable, NativeLinear, PackedLinear, PackedMixture, PackedMLP
-from glm5.layers.selection import SlotSelection
+from glm5.kernels import cpu
+from glm5.kernels.slots import Slots
+from glm5.layers.movable import Movable, runs_natively
+from glm5.layers.native import NativeExperts, NativeLinear
+from glm5.layers.packed import PackedExperts, PackedLinear
+from glm5.layers.selection import SlotSelection, slots_of
+from glm5.model.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from glm5.model.indexer import Selection
-from glm5.model.masks import Visibility
-from glm5.model.mtp import MTPLayer
-from glm5.model.rotary import Rotation
-from glm5.model.transformer import DecoderLayer
-
-FEW_TOKENS = 16
+from glm5.model.layer import DecoderLayer
+from glm5.model.moe import MLP, MixtureOfExperts
+from glm5.model.routing import Routing
+from glm5.model.step import LayerCache, Step
 
 
-class NativeDecoderLayer(Movable, DecoderLayer):
-    """Attention, feed-forward and what lies between, without leaving the library."""
+class FusedLayer(Movable, DecoderLayer):
+    """Attention, feed-forward and what lies between, without leaving the library.
 
-    _kept_by_address = ("_handle",)
+    A bank of experts that is not all in memory stands behind its own call; so does every other part that the
+    library does not know. The result is the same either way.
+    """
 
-    @classmethod
-    def of(cls, layer: DecoderLayer) -> DecoderLayer:
-        """The same layer, changed where all of its parts are of kinds that the library knows."""
-        if all_native(layer):
-            layer.__class__ = NativeMTPLayer if isinstance(layer, MTPLayer) else NativeDecoderLayer
-        return layer
+    def __init__(self, layer: DecoderLayer) -> None:
+        DecoderLayer.__init__(
+            self,
+            layer.index,
+            layer.self_attn,
+            layer.mlp,
+            layer.input_layernorm,
+            layer.post_attention_layernorm,
+        )
 
-    @cached_property
-    def _handle(self) -> Any:
-        return _handle_of(self)
+    @property
+    def handle(self) -> cpu.DecoderLayer:
+        found: cpu.DecoderLayer = self.kept("handle", lambda: layer_handle(self))
+        return found
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        angles: Rotation,
-        visible: Visibility,
-        cache: Any | None,
-        selection: Selection | None,
+        self, x_BTD: Tensor, step: Step, selection: Selection | None
     ) -> tuple[Tensor, Selection | None]:
-        if cache is None or not self._applies(x_BTD, visible):
-            return super().forward(x_BTD, angles, visible, cache, selection)
-        batch, queries, _ = x_BTD.shape
-        latents, index_keys = cache.room(queries)
-        if latents.shape[0] != batch or latents.dtype not in (torch.float32, torch.bfloat16):
-            return super().forward(x_BTD, angles, visible, cache, selection)
-        attention: Any = self.self_attn
-        mask, chosen, found = visible.mask_BTS, None, None
-        if index_keys is not None and visible.num_keys > attention.indexer.topk:
-            topk = attention.indexer.topk
-            slots = torch.empty(batch * queries, topk, dtype=torch.int32)
-            found = SlotSelection(
-                cpu.Slots(slots, torch.empty(batch * queries, dtype=torch.int32)),
-                batch, visible.num_keys, topk,
-            )  # fmt: skip
-        elif index_keys is None and isinstance(selection, SlotSelection):
-            chosen = selection.chosen
-        elif index_keys is None and selection is not None:
-            mask = selection.mask_BTS
-        x_BTD = x_BTD.contiguous()
-        turns = angles.turns.expand(batch, queries, -1).contiguous()
-        mask = None if mask is None else mask.contiguous()
-        out = torch.empty_like(x_BTD)
-        _cpu.decode_layer(
-            self._handle, x_BTD.data_ptr(), out.data_ptr(), x_BTD.dtype == torch.bfloat16, batch, queries,
-            visible.num_keys, visible.is_causal, turns.data_ptr(), latents.data_ptr(), _row_bytes(latents),
-            _address(index_keys), 0 if index_keys is None else _row_bytes(index_keys),
-            latents.dtype == torch.bfloat16, _address(mask),
-            0 if mask is None or mask.shape[0] == 1 else queries * visible.num_keys,
-            *((0, 0, 0) if chosen is None else _slots(chosen)),
-            *((0, 0) if found is None else _slots(found.chosen)[:2]),
-        )  # fmt: skip
-        return out, selection if index_keys is None else found
+        if not runs_natively(x_BTD) or self.input_layernorm.weight.device.type != "cpu":
+            return super().forward(x_BTD, step, selection)
+        probe, handle = step.probe, self.handle
+        if probe is not None and probe.hears("attention_input"):
+            probe.attention_input(self.index, self.input_layernorm(x_BTD))
+        run = _pass_of(x_BTD, step)
+        rows = cache_rows(step.layer_cache(self.index), handle, x_BTD)
+        slots = found = None
+        if rows.index_keys is not None:
+            found = self._room_for_choice(run)
+        elif selection is not None:
+            slots = slots_of(selection)
+        told = None
+        if probe is not None and handle.feed is not None and handle.feed.bank is not None:
+            told = cpu.Told(x_BTD.shape[0] * x_BTD.shape[1], handle.feed.topk, handle.feed.num_experts)
+        chosen = None if found is None else found.chosen
+        out = run.run(handle, x_BTD, rows, slots=slots, chosen=chosen, told=told)
+        if handle.feed is None:
+            out = self._feed(out, step).to(x_BTD.dtype)
+        if probe is not None:
+            if told is not None:
+                probe.routing(self.index, Routing(told.ids.long(), told.weights, told.scores))
+            probe.hidden(self.index, out)
+        return out, selection if rows.index_keys is None else found
 
-    def _applies(self, x_BTD: Tensor, visible: Visibility) -> bool:
-        attention, mlp = self.self_attn, self.mlp
-        assert isinstance(attention, NativeAttention)
-        few = x_BTD.shape[0] * x_BTD.shape[1] <= FEW_TOKENS and attention._applies(x_BTD, visible)
-        recorded = attention.record_input or (isinstance(mlp, PackedMixture) and mlp.record_routing)
-        return few and not recorded
+    def _room_for_choice(self, run: cpu.Pass) -> SlotSelection | None:
+        topk = self.handle.sizes["topk"]
+        if run.keys <= topk:
+            return None
+        count = run.shape[0] * run.shape[1]
+        slots = torch.zeros(count, topk, dtype=torch.int32)
+        return SlotSelection(
+            Slots(slots, torch.empty(count, dtype=torch.int32)), run.shape[0], run.keys, topk
+        )
+
+    def _feed(self, x: Tensor, step: Step) -> Tensor:
+        """The feed-forward half where the library does not hold all of it: x fp32, every sum in its order."""
+        norm = self.post_attention_layernorm
+        normed = cpu.rms_norm(x, norm.weight.detach().float(), norm.eps)
+        mlp = self.mlp
+        if not isinstance(mlp, MixtureOfExperts):
+            return x + mlp(normed)
+        rows = normed.flatten(0, 1)
+        told = self.kept("router", lambda: _router(mlp)).route(rows)
+        if step.probe is not None:
+            step.probe.routing(self.index, Routing(told.ids.long(), told.weights, told.scores))
+        out = mlp.experts(rows, told.ids, told.weights)
+        if mlp.shared_experts is not None:
+            shared = self.kept("shared", lambda: feed_handle(mlp.shared_experts))
+            out = out + (mlp.shared_experts(rows) if shared is None else shared(rows))
+        return out.view_as(x) + x
 
 
-class NativeMTPLayer(NativeDecoderLayer, MTPLayer):
-    """The MTP layer's own decoder layer in one call."""
+def _pass_of(x: Tensor, step: Step) -> cpu.Pass:
+    """What the layers of one pass share, made by the first of them."""
+    run = step.shared.get("native")
+    if run is None or run.shape != x.shape or run.dtype != x.dtype:
+        visible = step.visible
+        turns = step.angles.turns.expand(x.shape[0], x.shape[1], -1)
+        run = cpu.Pass(x, turns, visible.num_keys, causal=visible.is_causal, visible=visible.mask_BTS)
+        step.shared["native"] = run
+    found: cpu.Pass = run
+    return found
 
 
-def all_native(layer: DecoderLayer) -> bool:
-    """Is every part of the layer packed, or float and read natively?"""
-    attention, mlp = layer.self_attn, layer.mlp
-    if type(layer) not in (DecoderLayer, MTPLayer) or not isinstance(attention, NativeAttention):
+def cache_rows(cache: LayerCache | None, handle: cpu.DecoderLayer, x: Tensor) -> cpu.CacheRows:
+    """The layer's cache; without one memory that is dropped after the call."""
+    if cache is not None:
+        return cpu.CacheRows(*cache.buffers())
+    size, (batch, tokens, _) = handle.sizes, x.shape
+
+    def fresh(*shape: int) -> Tensor:
+        return torch.empty(batch, tokens, *shape, dtype=x.dtype)
+
+    if size["grouped"]:
+        head = size["nope"] + size["rotary"]
+        return cpu.CacheRows(fresh(size["kv_heads"], head), fresh(size["kv_heads"], size["value"]))
+    index = fresh(size["index_width"]) if size["index_heads"] else None
+    return cpu.CacheRows(fresh(size["latent"] + size["rotary"]), None, index)
+
+
+def can_fuse(layer: DecoderLayer) -> bool:
+    """Does the library know attention of this kind, made of these parts?"""
+    attention = layer.self_attn
+    linears = [m for m in attention.modules() if isinstance(m, nn.Linear | PackedLinear)]
+    if not all(isinstance(module, NativeLinear | PackedLinear) for module in linears):
         return False
-    if isinstance(mlp, PackedMixture):
-        if not isinstance(mlp.shared_experts, PackedMLP | None):
-            return False
-    elif not isinstance(mlp, PackedMLP):
+    if isinstance(attention, GroupedQueryAttention):
+        return type(attention) is GroupedQueryAttention
+    if type(attention) is not MultiHeadLatentAttention or not attention.interleaved:
         return False
     indexer = attention.indexer
-    if indexer is not None and not (isinstance(indexer, NativeIndexer) and indexer.fits):
-        return False
-    linears = [m for m in attention.modules() if isinstance(m, (nn.Linear, PackedLinear))]
-    return all(isinstance(module, (NativeLinear, PackedLinear)) for module in linears)
+    if indexer is None:
+        return True
+    fits = indexer.num_heads <= cpu.MAX_INDEX_HEADS and indexer.head_dim <= cpu.MAX_INDEX_WIDTH
+    return fits and indexer.interleaved
 
 
-def _handle_of(layer: NativeDecoderLayer) -> Any:
-    attention: Any = layer.self_attn
-    handle = _cpu.DecoderLayer()
-    handle.hidden, handle.heads = layer.input_layernorm.weight.shape[0], attention.num_heads
-    handle.nope, handle.rotary = attention.nope_dim, attention.rotary_dim
-    handle.latent, handle.value, handle.scale = attention.latent_dim, attention.value_dim, attention.scale
-    handle.input_norm, handle.eps = _list(layer.input_layernorm.weight), layer.input_layernorm.eps
-    handle.post_norm = _list(layer.post_attention_layernorm.weight)
-    handle.latent_eps = attention.kv_a_layernorm.eps
-    handle.kv_norm = _list(attention.kv_a_layernorm.weight)
-    down = attention.q_proj if attention.q_a_proj is None else attention.q_a_proj
-    parts = {"down": down, "kv_a": attention.kv_a_proj_with_mqa, "o": attention.o_proj}
+def layer_handle(layer: DecoderLayer) -> cpu.DecoderLayer:
+    """The layer's weights as the library takes them."""
+    attention = layer.self_attn
+    make = _grouped if isinstance(attention, GroupedQueryAttention) else _latent
+    matrices, vectors, sizes = make(attention)
+    vectors |= {
+        "input_norm": layer.input_layernorm.weight, "post_norm": layer.post_attention_layernorm.weight,
+    }  # fmt: skip
+    sizes |= {"hidden": layer.input_layernorm.weight.shape[0], "eps": layer.input_layernorm.eps}
+    return cpu.DecoderLayer(matrices, vectors, feed_handle(layer.mlp), **sizes)
+
+
+def _latent(attention: Any) -> tuple[dict[str, cpu.Matrix], dict[str, Tensor], dict[str, Any]]:
+    first = attention.q_proj if attention.q_a_proj is None else attention.q_a_proj
+    parts = {
+        "q_in": first,
+        "kv_in": attention.kv_a_proj_with_mqa,
+        "kv_b": attention.kv_b_proj,
+        "o": attention.o_proj,
+    }
+    vectors = {"kv_norm": attention.kv_a_layernorm.weight}
+    sizes = {
+        "grouped": False, "heads": attention.num_heads, "nope": attention.nope_dim, "rotary": attention.rotary_dim,
+        "latent": attention.latent_dim, "value": attention.value_dim, "scale": attention.scale,
+        "head_eps": attention.kv_a_layernorm.eps, "index_heads": 0, "index_width": 0, "topk": 0,
+    }  # fmt: skip
     if attention.q_a_proj is not None:
         parts["q_b"] = attention.q_b_proj
-        handle.q_norm = _list(attention.q_a_layernorm.weight)
+        vectors["q_norm"] = attention.q_a_layernorm.weight
     indexer = attention.indexer
     if indexer is not None:
         parts |= {"index_q": indexer.wq_b, "index_k": indexer.wk, "index_weights": indexer.weights_proj}
-        handle.index_heads, handle.index_width = indexer.num_heads, indexer.head_dim
-        handle.topk, handle.index_eps = indexer.topk, indexer.k_norm.eps
-        handle.index_norm, handle.index_norm_bias = _list(indexer.k_norm.weight), _list(indexer.k_norm.bias)
-    for name, module in parts.items():
-        setattr(handle, name, module.matrix.handle)
-    for name in ("down", "kv_a", "o"):
-        if parts[name].bias is not None:
-            setattr(handle, f"{name}_bias", _list(parts[name].bias))
-    handle.kv_b = attention._kv_b.handle
-    mlp: Any = layer.mlp
-    handle.set_feed(mlp._layer.handle)
-    return handle
+        vectors |= {"index_norm": indexer.k_norm.weight, "index_norm_bias": indexer.k_norm.bias}
+        sizes |= {"index_heads": indexer.num_heads, "index_width": indexer.head_dim, "topk": indexer.topk}
+        sizes["index_eps"] = indexer.k_norm.eps
+    biases = {"q_bias": first, "kv_bias": attention.kv_a_proj_with_mqa, "o_bias": attention.o_proj}
+    return _matrices(parts), vectors | _biases(biases), sizes
 
 
-def _list(values: Tensor) -> list[float]:
-    floats: list[float] = values.detach().float().tolist()
-    return floats
+def _grouped(attention: Any) -> tuple[dict[str, cpu.Matrix], dict[str, Tensor], dict[str, Any]]:
+    parts = {
+        "q_in": attention.q_proj,
+        "kv_in": attention.k_proj,
+        "v": attention.v_proj,
+        "o": attention.o_proj,
+    }
+    sizes = {
+        "grouped": True, "heads": attention.num_heads, "kv_heads": attention.num_key_value_heads,
+        "nope": attention.head_dim - attention.rotary_dim, "rotary": attention.rotary_dim,
+        "value": attention.head_dim, "scale": attention.scale,
+    }  # fmt: skip
+    vectors = {}
+    if attention.q_norm is not None:
+        vectors = {"q_norm": attention.q_norm.weight, "kv_norm": attention.k_norm.weight}
+        sizes["head_eps"] = attention.q_norm.eps
+    biases = {"q_bias": attention.q_proj, "kv_bias": attention.k_proj, "v_bias": attention.v_proj}
+    return _matrices(parts), vectors | _biases(biases), sizes
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _matrices(parts: dict[str, Any]) -> dict[str, cpu.Matrix]:
+    return {name: module.matrix for name, module in parts.items()}
 
 
-def _row_bytes(buffer: Tensor) -> int:
-    return buffer.stride(0) * buffer.element_size()
+def _biases(parts: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: module.bias for name, module in parts.items() if module.bias is not None}
 
 
-def _slots(chosen: cpu.Slots) -> tuple[int, int, int]:
-    """Addresses of slots and counts, and how many slots a query has room for."""
-    assert chosen.slots is not None
-    return chosen.slots.data_ptr(), chosen.counts.data_ptr(), chosen.slots.shape[1]
+def feed_handle(mlp: nn.Module | None) -> cpu.MoeLayer | None:
+    """The feed-forward half as the library takes it; None where it does not know all of its parts."""
+    if type(mlp) is MLP:
+        parts = _feed(mlp)
+        return None if parts is None else cpu.MoeLayer(parts[0].columns, shared=parts)
+    if type(mlp) is not MixtureOfExperts or not isinstance(mlp.experts, PackedExperts | NativeExperts):
+        return None
+    shared = None
+    if mlp.shared_experts is not None:
+        shared = _feed(mlp.shared_experts)
+        if shared is None:
+            return None
+    bank = mlp.experts.bank
+    layer = cpu.MoeLayer(bank.hidden, bank, shared)
+    _set_router(layer, mlp)
+    return layer
+
+
+def _router(mlp: MixtureOfExperts) -> cpu.MoeLayer:
+    """The router by itself, for a bank that stands elsewhere."""
+    layer = cpu.MoeLayer(mlp.gate.weight.shape[1])
+    _set_router(layer, mlp)
+    return layer
+
+
+def _set_router(layer: cpu.MoeLayer, mlp: MixtureOfExperts) -> None:
+    gate = mlp.gate
+    layer.set_router(
+        cpu.Matrix(gate.weight.detach()), gate.e_score_correction_bias, topk=gate.num_experts_per_tok,
+        groups=gate.n_group, topk_groups=gate.topk_group, normalize=gate.norm_topk_prob,
+        factor=gate.routed_scaling_factor,
+    )  # fmt: skip
+
+
+def _feed(mlp: MLP) -> tuple[cpu.Matrix, cpu.Matrix, cpu.Matrix] | None:
+    modules: list[Any] = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    if not all(isinstance(module, NativeLinear | PackedLinear) for module in modules):
+        return None
+    gate, up, down = (module.matrix for module in modules)
+    return gate, up, down

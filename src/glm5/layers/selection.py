@@ -1,4 +1,4 @@
-"""Which slots of the cache each query reads, as the kernels of every device take it: a row a query.
+"""DSA's choice known by its slots, as kernels make and take it: a row a query.
 
 Letters: B rows, T queries, N = B T, S slots, K selected.
 """
@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from glm5.kernels import cpu
+from glm5.kernels.slots import Slots
 from glm5.model.indexer import Selection
 from glm5.model.masks import Visibility
 
@@ -18,7 +18,7 @@ from glm5.model.masks import Visibility
 class SlotSelection(Selection):
     """A selection known by its slots; the mask is made only when somebody asks for it."""
 
-    def __init__(self, chosen: cpu.Slots, batch: int, num_keys: int, topk: int) -> None:
+    def __init__(self, chosen: Slots, batch: int, num_keys: int, topk: int) -> None:
         self.chosen, self.topk = chosen, topk
         self._shape = (batch, len(chosen.counts) // batch, num_keys)
 
@@ -40,6 +40,15 @@ class SlotSelection(Selection):
         return torch.where(valid, slots.long(), -1).view(*self._shape[:2], -1)
 
 
+def slots_of(selection: Selection) -> Slots:
+    """The slots of any selection."""
+    if isinstance(selection, SlotSelection):
+        return selection.chosen
+    slots_NK = selection.slots_BTK.flatten(0, 1)
+    counts = (slots_NK >= 0).sum(dim=1, dtype=torch.int32)
+    return Slots(slots_NK.clamp(min=0).to(torch.int32).contiguous(), counts)
+
+
 def query_rows(batch: int, queries: int, device: torch.device) -> Tensor:
     """The cache row of each query, int32 [N]."""
     return torch.arange(batch, dtype=torch.int32, device=device).repeat_interleave(queries)
@@ -51,7 +60,7 @@ def query_mask(mask_BTS: Tensor, batch: int, queries: int) -> Tensor:
 
 
 def visible_slots(visible: Visibility, batch: int, queries: int, device: torch.device) -> Tensor | None:
-    """Whom each query may see, bool [N, S]; None = every slot."""
-    if visible.mask_BTS is None and not visible.is_causal:
+    """Which keys each query may attend to, bool [N, S]; None = every key."""
+    if visible.mask_BTS is None and (not visible.is_causal or queries == 1):
         return None
     return query_mask(visible.as_mask(queries, device), batch, queries)

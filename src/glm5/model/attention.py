@@ -9,20 +9,17 @@ n qk_nope_head_dim, v value width, K selected slots.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glm5.config import ModelConfig
-from glm5.layers.torch_cpu import Linear
 from glm5.model.indexer import Indexer, Selection
+from glm5.model.linear import Linear
 from glm5.model.masks import Visibility
 from glm5.model.norms import RMSNorm
 from glm5.model.rotary import Rotation, rotate
-
-ATTENTION_FORMS = ("auto", "expanded", "absorbed")
+from glm5.model.step import Step
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -42,7 +39,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.value_dim = config.v_head_dim
         self.interleaved = config.rope_interleave
         self.scale = config.qk_head_dim**-0.5
-        self.form = "auto"
+        self.form = "auto"  # expanded, absorbed, or the one of fewer multiply-adds
 
         hidden, bias, eps = config.hidden_size, config.attention_bias, config.norm_eps_of_latents
         query_width = self.num_heads * config.qk_head_dim
@@ -60,35 +57,28 @@ class MultiHeadLatentAttention(nn.Module):
         )
         self.o_proj = Linear(self.num_heads * self.value_dim, hidden, bias=bias)
         self.indexer = Indexer(config) if config.has_indexer(layer) else None
-        self.uses_dsa = config.uses_dsa
-        # For the indexer's loss: the latest input, when it is asked for.
-        self.record_input = False
-        self.last_input: Tensor | None = None
+        self.layer = layer
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        angles: Rotation,
-        visible: Visibility,
-        cache: Any | None = None,
-        selection: Selection | None = None,
+        self, x_BTD: Tensor, step: Step, selection: Selection | None = None
     ) -> tuple[Tensor, Selection | None]:
         """Attend; returns the output [B, T, D] and the selection for the layers that share it."""
-        if self.record_input:
-            self.last_input = x_BTD.detach()
-        q_latent, q_nope, q_rope = self._queries(x_BTD, angles)
-        latents_BSC = self._latents(x_BTD, angles)
+        if step.probe is not None:
+            step.probe.attention_input(self.layer, x_BTD)
+        angles, visible, cache = step.angles, step.visible, step.layer_cache(self.layer)
+        q_latent, q_nope, q_rope = self.queries(x_BTD, angles)
+        latents_BSC = self.latents(x_BTD, angles)
         if cache is not None:
             latents_BSC = cache.append_latents(latents_BSC)
         if self.indexer is not None:
             assert q_latent is not None
             # The indexer has a loss of its own; the language-model loss must not reach it.
-            selection = self.indexer(x_BTD.detach(), q_latent.detach(), angles, visible, cache)
+            selection = self.indexer(x_BTD.detach(), q_latent.detach(), step, cache)
 
-        if self._absorbed_is_cheaper(x_BTD.shape[1], latents_BSC.shape[1]):
-            heads_out = self._absorbed(q_nope, q_rope, latents_BSC, visible, selection)
+        if self.absorbed_is_cheaper(x_BTD.shape[1], latents_BSC.shape[1]):
+            heads_out = self.absorbed(q_nope, q_rope, latents_BSC, visible, selection)
         else:
-            heads_out = self._expanded(q_nope, q_rope, latents_BSC, visible, selection)
+            heads_out = self.expanded(q_nope, q_rope, latents_BSC, visible, selection)
         return self.o_proj(heads_out.flatten(2)), selection
 
     def query_latent(self, x_BTD: Tensor) -> Tensor:
@@ -98,8 +88,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     def probabilities(self, x_BTD: Tensor, angles: Rotation, mask_BTS: Tensor) -> Tensor:
         """Attention weights [B, H, T, S] of an uncached pass: what an indexer learns to foresee."""
-        _, q_nope, q_rope = self._queries(x_BTD, angles)
-        latent, k_rope = self._latents(x_BTD, angles).split_with_sizes(
+        _, q_nope, q_rope = self.queries(x_BTD, angles)
+        latent, k_rope = self.latents(x_BTD, angles).split_with_sizes(
             [self.latent_dim, self.rotary_dim], dim=-1
         )
         kv = self.kv_b_proj(latent).view(*x_BTD.shape[:2], self.num_heads, -1)
@@ -108,7 +98,8 @@ class MultiHeadLatentAttention(nn.Module):
         scores = (scores * self.scale).masked_fill(~mask_BTS.unsqueeze(1), float("-inf"))
         return scores.softmax(dim=-1)
 
-    def _queries(self, x_BTD: Tensor, angles: Rotation) -> tuple[Tensor | None, Tensor, Tensor]:
+    def queries(self, x_BTD: Tensor, angles: Rotation) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The query latent, the queries [B, T, H, n] and their rotated part [B, T, H, r]."""
         batch, num_queries, _ = x_BTD.shape
         q_latent = None
         if self.q_a_proj is None:
@@ -120,7 +111,7 @@ class MultiHeadLatentAttention(nn.Module):
         nope, rope = q.split_with_sizes([self.nope_dim, self.rotary_dim], dim=-1)
         return q_latent, nope, rotate(rope, angles, interleaved=self.interleaved)
 
-    def _latents(self, x_BTD: Tensor, angles: Rotation) -> Tensor:
+    def latents(self, x_BTD: Tensor, angles: Rotation) -> Tensor:
         """What is cached: [normalized latent | rotated shared key], [B, T, R + r]."""
         latent, rope = self.kv_a_proj_with_mqa(x_BTD).split_with_sizes(
             [self.latent_dim, self.rotary_dim], dim=-1
@@ -128,7 +119,7 @@ class MultiHeadLatentAttention(nn.Module):
         latent = self.kv_a_layernorm(latent)
         return torch.cat((latent, rotate(rope, angles, interleaved=self.interleaved)), dim=-1)
 
-    def _absorbed_is_cheaper(self, num_queries: int, num_keys: int) -> bool:
+    def absorbed_is_cheaper(self, num_queries: int, num_keys: int) -> bool:
         """Compare multiply-adds of the two forms; see the module's first lines."""
         if self.form != "auto":
             return self.form == "absorbed"
@@ -138,7 +129,7 @@ class MultiHeadLatentAttention(nn.Module):
         expanded = num_keys * fold + num_queries * num_keys * narrow
         return absorbed < expanded
 
-    def _expanded(
+    def expanded(
         self,
         q_nope: Tensor,
         q_rope: Tensor,
@@ -155,7 +146,7 @@ class MultiHeadLatentAttention(nn.Module):
         k = torch.cat((k_nope, k_rope), dim=-1).transpose(1, 2)
         return dot_product_attention(q, k, value.transpose(1, 2), visible, selection, self.scale)
 
-    def _absorbed(
+    def absorbed(
         self,
         q_nope: Tensor,
         q_rope: Tensor,
@@ -188,7 +179,7 @@ class MultiHeadLatentAttention(nn.Module):
         scores = torch.bmm(q_BTHC.view(batch, num_queries * heads, width), latents_BSC.transpose(1, 2))
         scores = scores.view(batch, num_queries, heads, -1) * self.scale
         mask = _combined_mask(visible, selection, num_queries, scores.device)
-        if mask is None and visible.is_causal:
+        if mask is None and visible.is_causal and num_queries > 1:
             mask = visible.as_mask(num_queries, scores.device)
         if mask is not None:
             scores = scores.masked_fill(~mask.unsqueeze(2), float("-inf"))
@@ -214,10 +205,9 @@ class MultiHeadLatentAttention(nn.Module):
 class GroupedQueryAttention(nn.Module):
     """GQA with half-split partial rotary embedding and optional per-head QK-norm (GLM-4.5..4.7)."""
 
-    uses_dsa = False
-
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.num_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads
         self.head_dim = config.attention_head_dim
@@ -232,13 +222,12 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        angles: Rotation,
-        visible: Visibility,
-        cache: Any | None = None,
-        selection: Selection | None = None,
+        self, x_BTD: Tensor, step: Step, selection: Selection | None = None
     ) -> tuple[Tensor, Selection | None]:
+        """Attend; returns the output [B, T, D], and no selection."""
+        if step.probe is not None:
+            step.probe.attention_input(self.layer, x_BTD)
+        angles, visible, cache = step.angles, step.visible, step.layer_cache(self.layer)
         batch, num_queries, _ = x_BTD.shape
         q = self.q_proj(x_BTD).view(batch, num_queries, self.num_heads, self.head_dim)
         k = self.k_proj(x_BTD).view(batch, num_queries, self.num_key_value_heads, self.head_dim)
@@ -269,6 +258,7 @@ def dot_product_attention(
     """Softmax attention with fp32 softmax; returns [B, T, H, v]. K and V may have fewer heads."""
     num_queries, width, value_width = q_BHTd.shape[2], q_BHTd.shape[3], v_BHSd.shape[3]
     mask = _combined_mask(visible, selection, num_queries, q_BHTd.device)
+    whole_triangle = mask is None and visible.is_causal and num_queries > 1  # PyTorch's rule is for T == S
     if width != value_width:
         # PyTorch's fused kernels want one head width; zero columns change no product.
         widest = max(width, value_width)
@@ -279,7 +269,7 @@ def dot_product_attention(
         k_BHSd,
         v_BHSd,
         attn_mask=None if mask is None else mask.unsqueeze(1),
-        is_causal=mask is None and visible.is_causal,
+        is_causal=whole_triangle,
         scale=scale,
         enable_gqa=q_BHTd.shape[1] != k_BHSd.shape[1],
     )
@@ -289,7 +279,9 @@ def dot_product_attention(
 def _combined_mask(
     visible: Visibility, selection: Selection | None, num_queries: int, device: torch.device
 ) -> Tensor | None:
-    """Visible and selected, as one bool mask; None where `is_causal` or "all" says everything."""
+    """Visible and selected, as one bool mask; None: all keys of one query, or the whole triangle."""
     if selection is not None:
         return selection.mask_BTS  # already a subset of the visible tokens
+    if visible.mask_BTS is None and visible.is_causal and 1 < num_queries < visible.num_keys:
+        return visible.as_mask(num_queries, device)
     return visible.mask_BTS

@@ -8,16 +8,14 @@ Letters: B rows, T queries, S key slots, H index heads, K selected.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glm5.config import ModelConfig
-from glm5.layers.torch_cpu import Linear
-from glm5.model.masks import Visibility
+from glm5.model.linear import Linear
 from glm5.model.rotary import Rotation, rotate
+from glm5.model.step import LayerCache, Step
 
 INDEX_NORM_EPS = 1e-6
 
@@ -58,28 +56,21 @@ class Indexer(nn.Module):
         self.k_norm = nn.LayerNorm(self.head_dim, eps=INDEX_NORM_EPS)
         self.weights_proj = Linear(config.hidden_size, self.num_heads, bias=False)
 
+    def initialize(self, std: float, generator: torch.Generator | None) -> None:
+        self.k_norm.weight.fill_(1.0)
+        self.k_norm.bias.zero_()
+
     def forward(
-        self,
-        x_BTD: Tensor,
-        q_latent_BTR: Tensor,
-        angles: Rotation,
-        visible: Visibility,
-        cache: Any | None = None,
+        self, x_BTD: Tensor, q_latent_BTR: Tensor, step: Step, cache: LayerCache | None
     ) -> Selection | None:
         """Write this chunk's index keys to `cache`; return the selection, None = every token."""
-        keys_BSd = self.keys(x_BTD, angles)
+        keys_BSd = self.keys(x_BTD, step.angles)
         if cache is not None:
             keys_BSd = cache.append_index_keys(keys_BSd)
         if keys_BSd.shape[1] <= self.topk:
             return None
-        return self.choose(x_BTD, q_latent_BTR, keys_BSd, angles, visible)
-
-    def choose(
-        self, x_BTD: Tensor, q_latent_BTR: Tensor, keys_BSd: Tensor, angles: Rotation, visible: Visibility
-    ) -> Selection:
-        """Score every key (there are more than `topk`) and keep the best visible ones."""
-        scores = self.scores(x_BTD, q_latent_BTR, keys_BSd, angles)
-        return select(scores, visible.as_mask(x_BTD.shape[1], x_BTD.device), self.topk)
+        scores = self.scores(x_BTD, q_latent_BTR, keys_BSd, step.angles)
+        return select(scores, step.visible.as_mask(x_BTD.shape[1], x_BTD.device), self.topk)
 
     def keys(self, x_BTD: Tensor, angles: Rotation) -> Tensor:
         """One key per token, shared by all heads: LayerNorm(W_k x), the first dims rotated."""

@@ -1,4 +1,4 @@
-"""Who sees whom: causal and GLM's prefix attention, packed documents, padding.
+"""Which keys each query may attend to: causal and GLM's prefix attention, packed documents, padding.
 
 One `Visibility` is built per forward pass and shared by every layer and by the indexer, so that
 training, prefill and cached decoding cannot disagree about the rule.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class TokenPlaces:
+class TokenPositions:
     """Where the tokens of a sequence stand. B rows, N tokens.
 
     positions: int64 [B, N], counted from 0 in each document.
@@ -35,10 +35,11 @@ class TokenPlaces:
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which of S key slots each of T queries may attend to.
+    """Which of S key slots each of the last T tokens may attend to.
 
-    Exactly one of three forms: `is_causal` (T == S, lower triangle), `mask_BTS` (bool, True =
-    visible, first dimension B or 1), or neither (everything is visible).
+    is_causal: no query sees a later slot than its own; query i of T has slot S - T + i. mask_BTS: bool,
+    True = visible, first dimension B or 1; None = everything that `is_causal` leaves. A mask is the whole
+    rule: where both are given, it leaves out later slots itself.
     """
 
     num_keys: int
@@ -53,22 +54,16 @@ class Visibility:
         return mask.tril(self.num_keys - num_queries) if self.is_causal else mask
 
 
-def visibility(queries: TokenPlaces, keys: TokenPlaces) -> Visibility:
+def visibility(queries: TokenPositions, keys: TokenPositions) -> Visibility:
     """Apply the rule: key j is visible to query i iff j is not padding, in the same document, and
     stands at or before i, or in the prefix (SPEC 13).
 
-    The queries are the last T of the S keys. A padding query sees every slot: its output is
+    The queries are the last T of the S keys. A padding query sees its own slot alone: its output is
     never used, but it must stay finite.
     """
     num_queries, num_keys = queries.positions.shape[1], keys.positions.shape[1]
     if queries.is_plain and keys.is_plain:
-        if num_queries == 1:
-            return Visibility(num_keys)
-        if num_queries == num_keys:
-            return Visibility(num_keys, is_causal=True)
-        mask = torch.ones(1, num_queries, num_keys, dtype=torch.bool, device=keys.positions.device)
-        return Visibility(num_keys, mask_BTS=mask.tril(num_keys - num_queries))
-
+        return Visibility(num_keys, is_causal=True)
     mask = keys.positions.unsqueeze(1) <= queries.positions.unsqueeze(2)
     if keys.prefix is not None:
         mask = mask | keys.prefix.unsqueeze(1)
@@ -77,5 +72,8 @@ def visibility(queries: TokenPlaces, keys: TokenPlaces) -> Visibility:
     if keys.valid is not None:
         mask = mask & keys.valid.unsqueeze(1)
     if queries.valid is not None:
-        mask = mask | ~queries.valid.unsqueeze(2)
-    return Visibility(num_keys, mask_BTS=mask)
+        own = torch.eye(num_queries, num_keys, dtype=torch.bool, device=mask.device).roll(
+            num_keys - num_queries, dims=1
+        )
+        mask = torch.where(queries.valid.unsqueeze(2), mask, own)
+    return Visibility(num_keys, is_causal=keys.prefix is None, mask_BTS=mask)

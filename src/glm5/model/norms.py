@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,19 +19,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
 
+    def initialize(self, std: float, generator: torch.Generator | None) -> None:
+        self.weight.fill_(1.0)
+
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
-            if x.numel() == x.shape[-1] and x.device.type == "cpu" and not torch.is_grad_enabled():
-                return self._one_row(x)
             return F.rms_norm(x, (x.shape[-1],), self.weight.float(), self.eps)
         normalized = F.rms_norm(x.float(), (x.shape[-1],), None, self.eps)
         return normalized.to(x.dtype) * self.weight
-
-    def _one_row(self, x: Tensor) -> Tensor:
-        """The same for a single row, in four small operations instead of seven (3.7 us instead of 7)."""
-        row = x.flatten()
-        mean_of_squares = torch.dot(row, row).item() / row.shape[0]
-        return (x * self.weight).mul_(1 / math.sqrt(mean_of_squares + self.eps))
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -7,22 +7,20 @@ tensor and the MTP layer is `mtp.0` instead of `model.layers.N` (see `glm5.check
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from glm5.config import ModelConfig
-from glm5.layers.torch_cpu import Linear
-from glm5.model.attention import GroupedQueryAttention, MultiHeadLatentAttention
-from glm5.model.indexer import Indexer, Selection
-from glm5.model.masks import TokenPlaces, Visibility, visibility
-from glm5.model.moe import MLP, ExpertBank, MixtureOfExperts, Router
+from glm5.model.indexer import Indexer
+from glm5.model.layer import DecoderLayer
+from glm5.model.linear import Embedding, Linear
+from glm5.model.masks import TokenPositions, visibility
+from glm5.model.moe import MixtureOfExperts
+from glm5.model.mtp import MTPLayer
 from glm5.model.norms import RMSNorm
 from glm5.model.rotary import Rotation, rotation
-
-if TYPE_CHECKING:
-    from glm5.model.mtp import MTPLayer
+from glm5.model.step import KeyValueCache, Probe, Step
 
 
 @dataclass
@@ -33,58 +31,23 @@ class CausalLMOutput:
     hidden: Tensor
 
 
-class DecoderLayer(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        attention = MultiHeadLatentAttention if config.uses_mla else GroupedQueryAttention
-        self.self_attn: MultiHeadLatentAttention | GroupedQueryAttention = attention(config, layer)
-        self.mlp: MixtureOfExperts | MLP = (
-            MixtureOfExperts(config)
-            if config.is_sparse(layer)
-            else MLP(config.hidden_size, config.intermediate_size)
-        )
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self,
-        x_BTD: Tensor,
-        angles: Rotation,
-        visible: Visibility,
-        cache: Any | None,
-        selection: Selection | None,
-    ) -> tuple[Tensor, Selection | None]:
-        attended, selection = self.self_attn(self.input_layernorm(x_BTD), angles, visible, cache, selection)
-        x_BTD = x_BTD + attended
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), selection
-
-
-class Embedding(nn.Embedding):
-    """`nn.Embedding` without the initialization, which on the meta device imports torch's compiler (1 s)."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-
 class GlmModel(nn.Module):
     """Token ids to hidden states after the final norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer.of(config, index) for index in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, input_ids: Tensor, angles: Rotation, visible: Visibility, cache: Any | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, step: Step) -> Tensor:
+        """Hidden states [B, T, D] of ids int64 [B, T]."""
         x_BTD = self.embed_tokens(input_ids)
         selection = None
-        for index, layer in enumerate(self.layers):
-            layer_cache = None if cache is None else cache.layers[index]
-            x_BTD, selection = layer(x_BTD, angles, visible, layer_cache, selection)
+        for layer in self.layers:
+            x_BTD, selection = layer(x_BTD, step, selection)
         return self.norm(x_BTD)
 
 
@@ -97,8 +60,6 @@ class GlmForCausalLM(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        from glm5.model.mtp import MTPLayer  # a decoder layer itself: it imports this module
-
         self.config = config
         self.model = GlmModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -117,7 +78,8 @@ class GlmForCausalLM(nn.Module):
         *,
         prefix_lengths: Tensor | None = None,
         document_ids: Tensor | None = None,
-        cache: Any | None = None,
+        cache: KeyValueCache | None = None,
+        probe: Probe | None = None,
         logits_to_keep: int = 0,
     ) -> CausalLMOutput:
         """Logits for every token (or the last `logits_to_keep`).
@@ -129,43 +91,34 @@ class GlmForCausalLM(nn.Module):
             other in both directions; None = causal, unless the config's `attention_mask_type` is
             prefix and the caller passes lengths.
         document_ids: int64 [B, T], equal within one packed document.
+        probe: told what passes through the layers.
         """
-        places = token_places(input_ids, attention_mask, position_ids, prefix_lengths, document_ids, cache)
-        keys = places if cache is None else cache.append_places(places)
-        hidden = self.hidden_states(input_ids, places, keys, cache)
+        positions = token_positions(
+            input_ids, attention_mask, position_ids, prefix_lengths, document_ids, cache
+        )
+        hidden = self.model(input_ids, self.step(positions, cache, probe))
         if cache is not None:
             cache.advance(input_ids.shape[1])
         kept = hidden if logits_to_keep == 0 else hidden[:, -logits_to_keep:]
         return CausalLMOutput(self.lm_head(kept), hidden)
 
-    def hidden_states(
-        self, input_ids: Tensor, places: TokenPlaces, keys: TokenPlaces, cache: Any | None = None
-    ) -> Tensor:
-        """Hidden states [B, T, D] after the final norm, before the output head."""
-        angles = self.angles(places.positions)
-        return self.model(input_ids, angles, visibility(places, keys), cache)
+    def step(
+        self, positions: TokenPositions, cache: KeyValueCache | None = None, probe: Probe | None = None
+    ) -> Step:
+        """A pass over tokens at these positions, behind what `cache` holds."""
+        keys = positions if cache is None else cache.append_positions(positions)
+        return Step(self.angles(positions.positions), visibility(positions, keys), cache, probe)
 
     def angles(self, positions_BT: Tensor) -> Rotation:
+        """The rotations of these positions, for attention and indexer."""
         return rotation(positions_BT, self.config.rotary_dim, self.config.rope_theta)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Normal(0, initializer_range) matrices, unit norms, zero biases."""
-        std = self.config.initializer_range
+        """Normal(0, initializer_range) matrices, unit norms, zero biases; every part does its own."""
         for module in self.modules():
-            if isinstance(module, (RMSNorm, nn.LayerNorm)):
-                module.weight.fill_(1.0)
-            if isinstance(module, nn.LayerNorm):
-                module.bias.zero_()
-            if isinstance(module, (nn.Linear, nn.Embedding, Router)):
-                module.weight.normal_(0.0, std, generator=generator)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
-            if isinstance(module, ExpertBank):
-                module.gate_up_proj.normal_(0.0, std, generator=generator)
-                module.down_proj.normal_(0.0, std, generator=generator)
-            if isinstance(module, Router):
-                module.e_score_correction_bias.zero_()
+            if hasattr(module, "initialize"):
+                module.initialize(self.config.initializer_range, generator)
 
     def mtp_layers(self) -> list[MTPLayer]:
         return list(self.mtp)  # type: ignore[arg-type]
@@ -186,14 +139,14 @@ class GlmForCausalLM(nn.Module):
         return self.model.norm.weight.dtype
 
 
-def token_places(
+def token_positions(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     prefix_lengths: Tensor | None = None,
     document_ids: Tensor | None = None,
-    cache: Any | None = None,
-) -> TokenPlaces:
+    cache: KeyValueCache | None = None,
+) -> TokenPositions:
     """Positions and roles of this call's tokens, counted on from what `cache` holds."""
     batch, length = input_ids.shape
     device = input_ids.device
@@ -212,7 +165,7 @@ def token_places(
     prefix = None
     if prefix_lengths is not None:
         prefix = position_ids < prefix_lengths.to(device).view(batch, 1)
-    return TokenPlaces(position_ids, valid, prefix, document_ids)
+    return TokenPositions(position_ids, valid, prefix, document_ids)
 
 
 def _document_starts(document_ids: Tensor, steps: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from glm5.disk.files import remove_temporaries
+from glm5.model.layer import DecoderLayer
 from glm5.model.mtp import MTPLayer
 from glm5.model.norms import RMSNorm
-from glm5.model.transformer import DecoderLayer
 from glm5.quantize.calibration import Calibration
 from glm5.quantize.hidden import Hidden, embedded
 from glm5.quantize.layer_solver import LayerSolver
@@ -82,13 +82,14 @@ class CalibratedRounding:
             self._hidden = self._read_hidden(number)
         draft = number - config.num_hidden_layers
         with torch.device("meta"):
-            layer = DecoderLayer(config, number) if draft < 0 else MTPLayer(config, number)
+            owner = DecoderLayer.of(config, number) if draft < 0 else MTPLayer(config, number)
+        layer = owner.layer if isinstance(owner, MTPLayer) else owner
         solver = LayerSolver(
-            layer, self._prefixes[number], self._source, self._items, self._results,
+            layer, owner, self._prefixes[number], self._source, self._items, self._results,
             self._calibration.dampening_frac, self._tell,
         )  # fmt: skip
-        if isinstance(layer, MTPLayer):
-            self._enter_draft(self._hidden, layer, draft)
+        if isinstance(owner, MTPLayer):
+            self._enter_draft(self._hidden, owner, draft)
         solver.run(self._hidden)
         self._hidden.save(self._hidden_path(number + 1))
         self._hidden_path(number).unlink(missing_ok=True)

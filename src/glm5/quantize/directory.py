@@ -27,8 +27,8 @@ from glm5.disk.files import atomic_path, fsync_directory, remove_temporaries, wr
 from glm5.disk.safetensors_file import PlannedTensor, write_safetensors
 from glm5.disk.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from glm5.errors import CheckpointError
+from glm5.formats.packed import Scheme
 from glm5.formats.packing import words_per_row
-from glm5.layers.packed import Scheme
 from glm5.quantize.calibrated import CalibratedRounding
 from glm5.quantize.calibration import Calibration
 from glm5.quantize.plan import Item, plan

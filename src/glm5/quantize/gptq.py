@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from glm5.formats.packed import Scheme
 from glm5.formats.packing import dequantize, pack, words_per_row
 from glm5.kernels import cpu
-from glm5.layers.packed import Scheme
 
 # A whole Hessian and what its factor needs take 16 bytes a squared column: 1.1 GB at this width.
 WIDEST_WHOLE = 8192

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from glm5.config import ModelConfig
 from glm5.disk.files import atomic_path
+from glm5.formats.packed import Scheme
 from glm5.formats.packing import dequantize
-from glm5.layers.packed import Scheme
-from glm5.layers.swap import round_finite
+from glm5.layers.loading import round_finite
 from glm5.model.indexer import Selection
 from glm5.model.masks import Visibility
-from glm5.model.rotary import Rotation, rotation
+from glm5.model.rotary import rotation
+from glm5.model.step import Step
 from glm5.quantize.results import read_tensors, write_tensors
 from glm5.quantize.sources import WeightSource
 
@@ -53,10 +54,10 @@ class Hidden:
         return hidden
 
 
-def surroundings(length: int, config: ModelConfig) -> tuple[Rotation, Visibility]:
-    """Angles and the causal rule of a window [1, T]."""
+def step_of(length: int, config: ModelConfig) -> Step:
+    """A pass over a window [1, T] by itself, under the causal rule."""
     angles = rotation(torch.arange(length).unsqueeze(0), config.rotary_dim, config.rope_theta)
-    return angles, Visibility(length, is_causal=length > 1)
+    return Step(angles, Visibility(length, is_causal=True))
 
 
 def embedded(source: WeightSource, ids: Tensor, scheme: Scheme | None) -> Tensor:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from glm5.errors import CheckpointError
 from glm5.model.indexer import Selection
+from glm5.model.layer import DecoderLayer
 from glm5.model.moe import MLP, MixtureOfExperts
-from glm5.model.transformer import DecoderLayer
 from glm5.quantize.gptq import Factor, Hessian, output_errors, solve, unpacked
-from glm5.quantize.hidden import Hidden, surroundings
+from glm5.quantize.hidden import Hidden, step_of
 from glm5.quantize.plan import Item
 from glm5.quantize.results import Result, Results, nearest
 from glm5.quantize.sources import WeightSource
@@ -49,12 +49,12 @@ HessianOf = Callable[[str, int], Hessian]  # (first of the layers that share the
 class LayerSolver:
     """Fills a decoder layer that lies on the meta device, rounding what the recipe rounds.
 
-    prefix: of its weights' names on disk. What is solved goes to `results`, and is not solved again.
+    owner: the layer, or the MTP layer that it is a part of. prefix: of the weights' names on disk. What is solved goes to `results`, and is not solved again.
     tell: called with each weight that has its codes.
     """
 
     def __init__(
-        self, layer: DecoderLayer, prefix: str, source: WeightSource, items: dict[str, Item],
+        self, layer: DecoderLayer, owner: nn.Module, prefix: str, source: WeightSource, items: dict[str, Item],
         results: Results, dampening_frac: float, tell: Callable[[Item], None],
     ) -> None:  # fmt: skip
         self._layer, self._prefix = layer, prefix
@@ -64,7 +64,8 @@ class LayerSolver:
         self._group = schemes[0].group if schemes else 32
         for name, item in items.items():
             if name.startswith(prefix) and not item.is_expert and (item.scheme is None or "eh_proj" in name):
-                _fill(layer, name.removeprefix(prefix), source.read(name).float())
+                own = name.removeprefix(prefix)
+                _fill(layer if hasattr(layer, own.split(".")[0]) else owner, own, source.read(name).float())
 
     def run(self, hidden: Hidden) -> None:
         """Round the layer and move `hidden` on through it."""
@@ -92,11 +93,9 @@ class LayerSolver:
         config = self._source.config
 
         def attend(number: int, window: slice) -> tuple[Tensor, Selection | None]:
-            angles, visible = surroundings(window.stop - window.start, config)
+            step = step_of(window.stop - window.start, config)
             x_BTD = self._layer.input_layernorm(hidden.x_ND[window]).unsqueeze(0)
-            found: tuple[Tensor, Selection | None] = attention(
-                x_BTD, angles, visible, None, hidden.selections.get(number)
-            )
+            found: tuple[Tensor, Selection | None] = attention(x_BTD, step, hidden.selections.get(number))
             return found
 
         def passes() -> Iterator[Callable[[], object]]:

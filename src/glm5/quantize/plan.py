@@ -13,8 +13,7 @@ from torch import nn
 
 from glm5.checkpoint import names
 from glm5.errors import CheckpointError, RecipeError
-from glm5.formats.packing import words_per_row
-from glm5.layers.packed import Scheme
+from glm5.formats.packed import Scheme
 from glm5.quantize.recipe import Recipe, fits, names_embedding, never_rounded
 from glm5.quantize.sources import WeightSource, meta_model
 
@@ -35,7 +34,7 @@ class Item:
         if self.scheme is None:
             return math.prod(self.shape) * self.dtype.itemsize
         rows, columns = self.shape
-        return rows * (words_per_row(columns, self.scheme.bits) * 4 + columns // self.scheme.group * 2) + 16
+        return self.scheme.num_bytes(rows, columns) + 16  # two integers say the shape
 
 
 def plan(source: WeightSource, recipe: Recipe) -> list[Item]:

@@ -13,8 +13,8 @@ from fnmatch import fnmatchcase
 
 from glm5.config import ModelConfig
 from glm5.errors import RecipeError
+from glm5.formats.packed import Scheme
 from glm5.formats.packing import BITS
-from glm5.layers.packed import Scheme
 
 # Small, or decisive for the answer; a rule may overrule it.
 KEPT = ("lm_head", "*.embed_tokens", "*.mlp.gate", "*.eh_proj")

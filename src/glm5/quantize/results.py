@@ -14,7 +14,7 @@ from torch import Tensor
 from glm5.disk.files import atomic_path
 from glm5.disk.safetensors_file import PlannedTensor, SafetensorsFile, write_safetensors
 from glm5.formats.packing import words_per_row
-from glm5.layers.swap import round_finite
+from glm5.layers.loading import round_finite
 from glm5.quantize.plan import Item
 from glm5.quantize.sources import WeightSource
 

@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from glm5.checkpoint.directory import Checkpoint
 from glm5.checkpoint.gguf import GgufFile, GgufModel, tokenizer_files
-from glm5.checkpoint.reading import check_leftovers, stored_weights
+from glm5.checkpoint.weights import check_leftovers
 from glm5.config import ModelConfig
 from glm5.errors import CheckpointError, TokenizerError
 from glm5.model.transformer import GlmForCausalLM
@@ -63,7 +64,8 @@ class DirectorySource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config, self._stored = stored_weights(path)
+        checkpoint = Checkpoint(path)
+        self.config, self._stored = checkpoint.config, checkpoint.weights
 
     def shape(self, name: str) -> tuple[int, ...]:
         self._parts(name)
@@ -90,7 +92,7 @@ class DirectorySource:
 
     def bands(self, name: str) -> Iterator[Tensor]:
         index = self._stored.index
-        plain = name in index and not self._stored.is_formed(name) and index[name].dtype == self.dtype(name)
+        plain = name in index and not self._stored.is_decoded(name) and index[name].dtype == self.dtype(name)
         if not plain or index[name].num_bytes <= BAND_BYTES:
             copy = torch.empty(self.shape(name), dtype=self.dtype(name))
             self._stored.fill(name, copy)
@@ -117,10 +119,7 @@ class DirectorySource:
         check_leftovers(self._stored.index, used, self.config)
 
     def _parts(self, name: str) -> list[str]:
-        parts = self._stored.names(name)
-        if parts is None:
-            raise CheckpointError(f"{self.path}: {name} is missing; config.json asks for it")
-        return parts
+        return self._stored.parts(name)
 
 
 def meta_model(config: ModelConfig) -> GlmForCausalLM:

@@ -14,7 +14,7 @@ from torch import Tensor
 from glm5.config import ModelConfig
 from glm5.errors import RequestError
 from glm5.kernels.memory import empty_weights
-from glm5.model.masks import TokenPlaces
+from glm5.model.masks import TokenPositions
 
 
 class LayerCache:
@@ -32,14 +32,15 @@ class LayerCache:
         # Layers that share another's selection hold no index keys (IndexShare).
         self._index_keys = owner.reserve(config.index_head_dim) if config.has_indexer(layer) else None
 
+    def buffers(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Latents or keys, values, index keys, [B, capacity, ..], for a layer that writes where they lie."""
+        if self._owner.config.uses_mla:
+            return self._latents, None, self._index_keys
+        return self._keys, self._values, None
+
     def append_latents(self, latents_BTC: Tensor) -> Tensor:
         """Add rows [latent | rotated key]; returns all of them, [B, S, C]."""
         return self._owner.write(self._latents, latents_BTC)
-
-    def room(self, tokens: int) -> tuple[Tensor, Tensor | None]:
-        """Latents and index keys [B, capacity, ..], with room for `tokens` more behind `length`."""
-        self._owner.check_room(self._owner.length + tokens)
-        return self._latents, self._index_keys
 
     def append_index_keys(self, keys_BTd: Tensor) -> Tensor:
         assert self._index_keys is not None
@@ -70,10 +71,15 @@ class Cache:
         self.dtype, self.device = dtype, torch.device(device)
         self.length = 0
         layers = range(config.num_hidden_layers) if layers is None else layers
+        self._first = layers.start
         self._positions = torch.zeros(batch, capacity, dtype=torch.int64, device=self.device)
         self._valid: Tensor | None = None
         self._prefix: Tensor | None = None
         self.layers = [LayerCache(self, layer) for layer in layers]
+
+    def layer(self, index: int) -> LayerCache:
+        """The cache of a layer of the config; MTP layers follow the decoder's last."""
+        return self.layers[index - self._first]
 
     def reserve(self, *shape: int) -> Tensor:
         return empty_weights((self.batch, self.capacity, *shape), self.dtype, self.device)
@@ -99,18 +105,18 @@ class Cache:
         held = self._valid[:, : self.length].sum(dim=1, keepdim=True)
         return held.to(torch.int64)
 
-    def append_places(self, places: TokenPlaces) -> TokenPlaces:
-        """Note where the coming tokens stand; returns the places of everything held and them."""
-        if places.documents is not None:
+    def append_positions(self, positions: TokenPositions) -> TokenPositions:
+        """Note where the coming tokens stand; returns the positions of everything held and them."""
+        if positions.documents is not None:
             raise RequestError("packed documents cannot be cached; give each its own row")
-        start, end = self.length, self.length + places.positions.shape[1]
-        if places.positions.shape[0] not in (1, self.batch):
-            raise RequestError(f"the cache is for {self.batch} rows, not {places.positions.shape[0]}")
+        start, end = self.length, self.length + positions.positions.shape[1]
+        if positions.positions.shape[0] not in (1, self.batch):
+            raise RequestError(f"the cache is for {self.batch} rows, not {positions.positions.shape[0]}")
         self.check_room(end)
-        self._positions[:, start:end] = places.positions
-        self._valid = self._note(self._valid, places.valid, start, end, absent=True)
-        self._prefix = self._note(self._prefix, places.prefix, start, end, absent=False)
-        return TokenPlaces(
+        self._positions[:, start:end] = positions.positions
+        self._valid = self._note(self._valid, positions.valid, start, end, absent=True)
+        self._prefix = self._note(self._prefix, positions.prefix, start, end, absent=False)
+        return TokenPositions(
             self._positions[:, :end],
             None if self._valid is None else self._valid[:, :end],
             None if self._prefix is None else self._prefix[:, :end],
@@ -134,12 +140,3 @@ class Cache:
         """Forget all but the first `length` tokens."""
         assert 0 <= length <= self.length
         self.length = length
-
-    def bytes_per_token(self) -> int:
-        """Bytes one token of one row takes, over all layers."""
-        total = 0
-        for layer in self.layers:
-            for value in vars(layer).values():
-                if isinstance(value, Tensor):
-                    total += value[0, 0].numel() * value.element_size()
-        return total

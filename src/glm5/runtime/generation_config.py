@@ -6,22 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from glm5.config import MAX_CONFIG_BYTES, ModelConfig
+from glm5.checkpoint.directory import GENERATION_FILE, Checkpoint
+from glm5.config import ModelConfig
 from glm5.disk.files import write_atomic
 from glm5.errors import ConfigError, RequestError
 from glm5.runtime.sampling import SamplingParams
 
-FILE = "generation_config.json"
 _KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-def read_generation_config(directory: Path) -> SamplingParams:
-    """The defaults of a checkpoint directory; greedy without the file.
+def sampling_defaults(checkpoint: Checkpoint) -> SamplingParams:
+    """How the checkpoint wants to be sampled; greedy without generation_config.json.
 
     `do_sample` absent counts as true where a temperature is given, as the vendor's files mean it.
     """
-    path, raw = directory / FILE, _read(directory)
-    if raw is None:
+    raw = checkpoint.generation
+    if not raw:
         return SamplingParams()
     values = {key: raw[key] for key in _KEYS if raw.get(key) is not None}
     samples = raw.get("do_sample")
@@ -31,33 +31,19 @@ def read_generation_config(directory: Path) -> SamplingParams:
     try:
         return SamplingParams(**values)
     except RequestError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{checkpoint.directory / GENERATION_FILE}: {error}") from None
 
 
-def read_eos_token_ids(directory: Path) -> tuple[int, ...]:
+def stated_eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """The end tokens that the file names; none without the file or the key."""
-    raw = _read(directory) or {}
-    ends = raw.get("eos_token_id")
+    ends = checkpoint.generation.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     wrong = next((end for end in ends if type(end) is not int or end < 0), None)
     if wrong is not None:
-        raise ConfigError(f"{directory / FILE}: eos_token_id has {wrong!r}; it must be token ids")
+        raise ConfigError(
+            f"{checkpoint.directory / GENERATION_FILE}: eos_token_id has {wrong!r}; it must be token ids"
+        )
     return tuple(ends)
-
-
-def _read(directory: Path) -> dict[str, Any] | None:
-    path = directory / FILE
-    if not path.exists():
-        return None
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES >> 20} MiB, not a {FILE}")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON ({error}); download it again") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: holds a JSON {type(raw).__name__}, expected an object")
-    return raw
 
 
 def write_generation_config(directory: Path, config: ModelConfig, defaults: SamplingParams) -> None:
@@ -71,4 +57,4 @@ def write_generation_config(directory: Path, config: ModelConfig, defaults: Samp
         values["eos_token_id"] = list(config.eos_token_ids)
     if config.pad_token_id is not None:
         values["pad_token_id"] = config.pad_token_id
-    write_atomic(directory / FILE, json.dumps(values, indent=2) + "\n")
+    write_atomic(directory / GENERATION_FILE, json.dumps(values, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The model that people hold: the network with its tokenizer, called as in `transformers`.
+"""A loaded model with its tokenizer, called as in `transformers`.
 
 `model(input_ids).logits` and `model.generate(input_ids, ...)` take and give ids; `model.stream(...)`
 and `model.complete(...)` take a string or chat messages and give text.
@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5.checkpoint import load_model, save_model
+from glm5.checkpoint import Checkpoint, save_model
+from glm5.checkpoint.filling import SchemeOf
 from glm5.config import ModelConfig
 from glm5.errors import RequestError
-from glm5.layers.swap import SchemeOf
+from glm5.layers.loading import load_model
 from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.decoding import PREFILL_CHUNK, Row, decode, make_rows
 from glm5.runtime.generation_config import (
-    read_eos_token_ids,
-    read_generation_config,
+    sampling_defaults,
+    stated_eos_token_ids,
     write_generation_config,
 )
 from glm5.runtime.memory import keep_freed_memory
@@ -30,7 +31,7 @@ from glm5.runtime.sampling import SamplingParams
 from glm5.runtime.speculation import SpeculationStats, decode_speculatively, speculation_obstacle
 from glm5.text.control_tokens import GMASK, SOP
 from glm5.text.stream import TextStream
-from glm5.text.tokenizer import Tokenizer
+from glm5.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -65,7 +66,7 @@ class LanguageModel(GlmForCausalLM):
     @classmethod
     def load(
         cls,
-        directory: Path,
+        source: Path | Checkpoint,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
@@ -75,24 +76,31 @@ class LanguageModel(GlmForCausalLM):
         """Read weights, generation defaults and, where there is one, the tokenizer."""
         if torch.device(device).type == "cpu":
             keep_freed_memory()
+        checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
+        defaults, ends = sampling_defaults(checkpoint), stated_eos_token_ids(checkpoint)
+        directory, tokenizer = checkpoint.directory, None
+        if (directory / TOKENIZER_FILE).exists():
+            tokenizer = Tokenizer.from_pretrained(directory)
         model = load_model(
-            directory, dtype=dtype, device=device, progress=progress, model_class=cls, quantize=quantize
+            checkpoint, dtype=dtype, device=device, progress=progress, build=cls, quantize=quantize
         )
-        model.defaults = read_generation_config(directory)
-        ends = read_eos_token_ids(directory)
+        model.defaults, model.tokenizer = defaults, tokenizer
         if ends:  # as in `transformers`, it counts before config.json
             model.config = model.config.with_changes(eos_token_id=ends)
-        if (directory / "tokenizer.json").exists():
-            model.tokenizer = Tokenizer.from_pretrained(directory)
         return model
 
     def save_pretrained(self, directory: str | Path, *, stored: str | None = None) -> None:
-        """Write a directory that glm5, `transformers` and vLLM load; `stored` as in `save_model`."""
-        directory = Path(directory)
-        save_model(self, directory, stored=stored)
-        write_generation_config(directory, self.config, self.defaults)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(directory)
+        """Write a directory that glm5, `transformers` and vLLM load; `stored` as in `save_model`.
+
+        Weights, config, tokenizer and generation defaults appear together or not at all.
+        """
+
+        def beside(folder: Path) -> None:
+            write_generation_config(folder, self.config, self.defaults)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+
+        save_model(self, Path(directory), stored=stored, beside=beside)
 
     # ---------------------------------------------------------------- ids in, ids out
 

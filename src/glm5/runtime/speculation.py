@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from glm5.errors import RequestError
-from glm5.model.masks import visibility
-from glm5.model.transformer import GlmForCausalLM, token_places
+from glm5.model.transformer import GlmForCausalLM, token_positions
 from glm5.runtime.cache import Cache
 from glm5.runtime.decoding import PREFILL_CHUNK, Row, check_positive
 from glm5.runtime.sampling import likeliest
@@ -58,11 +57,8 @@ class Draft:
 
     def read(self, hidden_1TD: Tensor, following_1T: Tensor) -> Tensor:
         """Add known tokens; returns the hidden state [1, 1, D] that predicts the next draft."""
-        places = token_places(following_1T, cache=self.cache)
-        keys = self.cache.append_places(places)
-        embedded = self.model.model.embed_tokens(following_1T)
-        angles = self.model.angles(places.positions)
-        out = self.layer.draft(hidden_1TD, embedded, angles, visibility(places, keys), self.cache.layers[0])
+        step = self.model.step(token_positions(following_1T, cache=self.cache), self.cache)
+        out = self.layer(hidden_1TD, self.model.model.embed_tokens(following_1T), step)
         self.cache.advance(following_1T.shape[1])
         return out[:, -1:]
 

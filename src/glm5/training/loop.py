@@ -17,19 +17,17 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from glm5.disk.files import write_atomic
-from glm5.errors import RecipeError
-from glm5.model.attention import MultiHeadLatentAttention
-from glm5.model.masks import TokenPlaces, Visibility, visibility
-from glm5.model.rotary import Rotation
+from glm5.errors import TrainingError
+from glm5.layers.swap import swap_for_training
 from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.memory import keep_freed_memory
 from glm5.text.bpe import train_bpe
 from glm5.text.tokenizer import Tokenizer
 from glm5.training import heldout, losses
-from glm5.training.batches import Batch, batches_of
+from glm5.training.batches import batches_of
+from glm5.training.objective import Objective
 from glm5.training.optimizers import build_optimizers, learning_rate
 from glm5.training.progress import Report
 from glm5.training.recipe import Recipe
@@ -70,9 +68,10 @@ class Trainer:
         )
         self.model = GlmForCausalLM(config)
         self.model.reset_parameters(torch.Generator().manual_seed(recipe.seed))
+        swap_for_training(self.model)
         for layer in self.model.moe_layers():
-            layer.record_routing = True
             layer.gate.expert_dropout = recipe.loss.expert_dropout
+        self.objective = Objective(self.model, recipe.loss, bf16=recipe.run.precision == "bf16")
         self.optimizers = build_optimizers(self.model, recipe.optimizer)
         self.step = 0
         self.tokens = 0
@@ -104,110 +103,43 @@ class Trainer:
         return self.save()
 
     def train_step(self, rate: float) -> StepResult:
-        """One optimizer step on the next batch."""
-        recipe = self.recipe
+        """One optimizer step on the next batch.
+
+        Raises TrainingError, with weights and optimizers as they were, when a loss or the gradient is not
+        finite.
+        """
+        recipe, loss = self.recipe, self.recipe.loss
         self.model.train()
         torch.manual_seed(recipe.seed * 1_000_003 + self.step)
         self.batches.enter_stage(self._stage())
         batch = self.batches.next()
+        wants_indexer = (
+            self.model.config.uses_dsa and loss.indexer > 0 and self.step % loss.indexer_every == 0
+        )
+        wants_mtp = loss.mtp > 0 and self.step % loss.mtp_every == 0
         micro = recipe.run.micro_batch_rows or recipe.run.batch_rows
-        parts = recipe.run.batch_rows // micro
-        wants_indexer = recipe.loss.indexer > 0 and self.step % recipe.loss.indexer_every == 0
-        sums = torch.zeros(4)
-        loads: list[Tensor | None] = []
-        for part in range(parts):
-            rows = slice(part * micro, (part + 1) * micro)
-            values, part_loads = self._backward(_rows_of(batch, rows), 1 / parts, wants_indexer and part == 0)
-            sums += values
-            loads = [_sum(pair) for pair in zip(loads, part_loads, strict=True)] if loads else part_loads
-        if not bool(torch.isfinite(sums).all()):  # before it reaches the weights
-            raise RecipeError(f"the loss became {sums[0]} at step {self.step}; lower optimizer.lr")
+        found = self.objective.backward(batch, micro, mtp=wants_mtp, indexer=wants_indexer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optimizer.grad_clip)
+        if not (found.is_finite and bool(torch.isfinite(norm))):  # before it reaches the weights
+            self.model.zero_grad(set_to_none=True)
+            raise TrainingError(
+                f"step {self.step}: the loss is {float(found.lm):.4g} and the gradient's norm {float(norm):.4g}; "
+                "lower optimizer.lr and go on from the last snapshot"
+            )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        for layer, load in zip(self.model.moe_layers(), loads, strict=True):
-            if load is not None:
-                losses.update_router_bias(layer.gate.e_score_correction_bias, load, recipe.loss.bias_update)
-        worst = max((float(load.max() / load.mean()) for load in loads if load is not None), default=0.0)
-        indexer = float(sums[3]) if wants_indexer else None
-        return StepResult(float(sums[0]), float(sums[1]), float(sums[2]), indexer, float(norm), worst)
-
-    def _backward(
-        self, batch: Batch, weight: float, wants_indexer: bool
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Add this part's gradients; returns (lm, mtp, balance, indexer) times `weight`, and loads."""
-        recipe, model = self.recipe, self.model
-        places = TokenPlaces(batch.positions, None, batch.prefix, batch.documents)
-        visible = visibility(places, places)
-        angles = model.angles(batch.positions)
-        attentions = self._attentions()
-        for attention in attentions:
-            attention.record_input = wants_indexer
-        bf16 = recipe.run.precision == "bf16"
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
-            hidden = model.model(batch.ids, angles, visible)
-            targets = losses.shifted_targets(batch.ids, batch.documents, batch.learned, 1)
-            lm = losses.linear_cross_entropy(hidden, model.lm_head.weight, targets)
-            mtp = self._mtp_loss(batch, hidden, angles, visible)
-        moe_layers = model.moe_layers()
-        routings = [layer.last_routing for layer in moe_layers if layer.last_routing is not None]
-        rows = batch.ids.shape[0]
-        balance = sum((losses.balance_loss(r, rows) for r in routings), torch.zeros(())) / max(
-            len(routings), 1
+        for layer in self.model.moe_layers():
+            if layer.layer in found.loads:
+                load = found.loads[layer.layer]
+                losses.update_router_bias(layer.gate.e_score_correction_bias, load, loss.bias_update)
+        worst = max((float(load.max() / load.mean()) for load in found.loads.values()), default=0.0)
+        indexer = float(found.indexer) if wants_indexer else None
+        return StepResult(
+            float(found.lm), float(found.mtp), float(found.balance), indexer, float(norm), worst
         )
-        total = lm + recipe.loss.mtp * mtp + recipe.loss.balance * len(routings) * balance
-        indexer = torch.zeros(())
-        if wants_indexer:
-            indexer = self._indexer_loss(attentions, batch, angles, visible)
-            total = total + recipe.loss.indexer * indexer
-        (total * weight).backward()
-        values = torch.stack([lm.detach(), mtp.detach(), balance.detach(), indexer.detach()]) * weight
-        loads = [
-            None if layer.last_routing is None else losses.expert_loads(layer.last_routing)
-            for layer in moe_layers
-        ]
-        for layer in moe_layers:
-            layer.last_routing = None
-        for attention in attentions:
-            attention.last_input = None
-        return values, loads
-
-    def _mtp_loss(self, batch: Batch, hidden: Tensor, angles: Rotation, visible: Visibility) -> Tensor:
-        """Cross entropy of token t+2 from the hidden state of t and the embedding of t+1."""
-        loss = self.recipe.loss
-        if not self.model.mtp or loss.mtp == 0 or self.step % loss.mtp_every:
-            return torch.zeros(())
-        following = self.model.model.embed_tokens(batch.ids.roll(-1, dims=1))
-        drafted = self.model.mtp_layers()[0].draft(hidden, following, angles, visible)
-        targets = losses.shifted_targets(batch.ids, batch.documents, batch.learned, 2)
-        return losses.linear_cross_entropy(drafted, self.model.lm_head.weight, targets)
-
-    def _attentions(self) -> list[MultiHeadLatentAttention]:
-        if not self.model.config.uses_dsa:
-            return []
-        return [m for m in self.model.modules() if isinstance(m, MultiHeadLatentAttention)]
-
-    def _indexer_loss(
-        self, attentions: list[MultiHeadLatentAttention], batch: Batch, angles: Rotation, visible: Visibility
-    ) -> Tensor:
-        """The mean over indexers, each against all the layers it serves, on a few rows."""
-        few = slice(0, self.recipe.loss.indexer_rows)
-        mask = visible.as_mask(batch.ids.shape[1], batch.ids.device)[few]
-        few_angles = Rotation(angles.turns[few])
-        few_visible = Visibility(visible.num_keys, mask_BTS=mask)
-        served: list[list[tuple[MultiHeadLatentAttention, Tensor]]] = []
-        for attention in attentions:
-            if attention.last_input is None:
-                continue
-            if attention.indexer is not None:
-                served.append([])
-            served[-1].append((attention, attention.last_input[few].float()))
-        learned = batch.documents[few] >= 0
-        parts = [losses.indexer_loss(group, few_angles, few_visible, learned) for group in served]
-        return torch.stack(parts).mean()
 
     # ---------------------------------------------------------------- state
 
@@ -290,16 +222,6 @@ class Trainer:
             rows = path.read_text(encoding="utf-8").splitlines()
             kept = [row for row in rows if json.loads(row)["step"] <= self.step]
             write_atomic(path, "".join(row + "\n" for row in kept))
-
-
-def _sum(loads: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
-    first, second = loads
-    return second if first is None else first if second is None else first + second
-
-
-def _rows_of(batch: Batch, rows: slice) -> Batch:
-    prefix = None if batch.prefix is None else batch.prefix[rows]
-    return Batch(batch.ids[rows], batch.documents[rows], batch.positions[rows], batch.learned[rows], prefix)
 
 
 class _Interrupt:

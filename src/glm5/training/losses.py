@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from glm5.model.attention import MultiHeadLatentAttention
 from glm5.model.masks import Visibility
-from glm5.model.moe import Routing
 from glm5.model.rotary import Rotation
+from glm5.model.routing import Routing
 
 IGNORED = -100
 # Rows at a time: their logits stay in the cache between the passes over them.
@@ -30,9 +30,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, dtype: torch.dtype
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, count: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        count = (targets_N != IGNORED).sum().clamp(min=1)
         weight = weight_VD.to(dtype)
         grad_hidden = torch.zeros_like(hidden_ND, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
@@ -59,17 +58,30 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale, (hidden_dtype, weight_dtype) = grads[0], ctx.dtypes
-        return (grad_hidden * scale).to(hidden_dtype), (grad_weight * scale).to(weight_dtype), None, None
+        return (
+            (grad_hidden * scale).to(hidden_dtype),
+            (grad_weight * scale).to(weight_dtype),
+            None,
+            None,
+            None,
+        )
 
 
-def linear_cross_entropy(hidden: Tensor, weight_VD: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy over targets that are not IGNORED; fp32 scalar.
+def linear_cross_entropy(
+    hidden: Tensor, weight_VD: Tensor, targets: Tensor, count: Tensor | None = None
+) -> Tensor:
+    """Cross entropy summed over targets that are not IGNORED, over `count` of them; fp32 scalar.
 
-    hidden: [..., D]; targets: int64 [...]. Products are taken in autocast's dtype where it is on.
+    hidden: [..., D]; targets: int64 [...]. count: None = those of this call, so that the result is their
+    mean; the whole step's where a step is cut into parts. Products are taken in autocast's dtype where it
+    is on.
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
-    loss: Tensor = LinearCrossEntropy.apply(hidden.flatten(0, -2), weight_VD, targets.flatten(), dtype)
+    count = (targets != IGNORED).sum() if count is None else count
+    loss: Tensor = LinearCrossEntropy.apply(
+        hidden.flatten(0, -2), weight_VD, targets.flatten(), count.clamp(min=1), dtype
+    )
     return loss
 
 
@@ -82,25 +94,30 @@ def shifted_targets(ids_BT: Tensor, documents_BT: Tensor, learned_BT: Tensor, ah
     return targets
 
 
-def balance_loss(routing: Routing, rows: int) -> Tensor:
+def balance_loss(routing: Routing, tokens_BT: Tensor, rows: int | None = None) -> Tensor:
     """Sum_e f_e P_e, mean over the rows: 1 when even (GLM-4.5 report; DeepSeek-V3, eq. 17-20).
 
     f_e: how often a row's tokens chose expert e, relative to an even share; P_e: mean share of its
-    score.
+    score. tokens: bool [B, T]; places that are no tokens count nowhere. rows: None = B; the whole step's
+    where a step is cut into parts.
     """
-    scores = routing.scores_TE.view(rows, -1, routing.scores_TE.shape[1])
-    ids = routing.topk_ids_TK.view(rows, -1)
-    chosen = torch.zeros(rows, scores.shape[2], device=ids.device).scatter_add_(
-        1, ids, torch.ones_like(ids, dtype=torch.float32)
+    batch, length = tokens_BT.shape
+    scores = routing.scores_TE.view(batch, length, -1)
+    ids = routing.topk_ids_TK.view(batch, length, -1)
+    counted = tokens_BT.float()
+    there = counted.sum(dim=1).clamp(min=1).unsqueeze(1)
+    chosen = torch.zeros(batch, scores.shape[2], device=ids.device).scatter_add_(
+        1, ids.flatten(1), counted.unsqueeze(2).expand(-1, -1, ids.shape[2]).flatten(1)
     )
-    frequency = chosen * scores.shape[2] / ids.shape[1]
-    share = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=1)
-    return (frequency * share).sum(dim=1).mean()
+    frequency = chosen * scores.shape[2] / (there * ids.shape[2])
+    share = (scores / scores.sum(dim=-1, keepdim=True) * counted.unsqueeze(2)).sum(dim=1) / there
+    return (frequency * share).sum() / (batch if rows is None else rows)
 
 
-def expert_loads(routing: Routing) -> Tensor:
-    """Tokens each expert got, fp32 [E]."""
-    return torch.bincount(routing.topk_ids_TK.flatten(), minlength=routing.scores_TE.shape[1]).float()
+def expert_loads(routing: Routing, tokens_BT: Tensor) -> Tensor:
+    """Tokens each expert got, fp32 [E]; places that are no tokens are not counted."""
+    ids = routing.topk_ids_TK[tokens_BT.flatten()]
+    return torch.bincount(ids.flatten(), minlength=routing.scores_TE.shape[1]).float()
 
 
 @torch.no_grad()
@@ -114,12 +131,13 @@ def indexer_loss(
     angles: Rotation,
     visible: Visibility,
     learned_BT: Tensor,
+    count: Tensor | None = None,
 ) -> Tensor:
     """KL(p || softmax I) of one indexer, over all visible tokens (DeepSeek-V3.2, section 2.1).
 
     served: the attention that owns the indexer, then those that share its choice, each with its
     (detached) input. p is the attention of all their heads, summed and normalized; nothing but
-    the indexer receives a gradient.
+    the indexer receives a gradient. count: what the sum is divided by; None = the learned tokens here.
     """
     mask = visible.as_mask(learned_BT.shape[1], learned_BT.device)
     with torch.no_grad():
@@ -134,4 +152,5 @@ def indexer_loss(
     scores = owner.indexer.scores(x_BTD, q_latent, owner.indexer.keys(x_BTD, angles), angles)
     predicted = scores.masked_fill(~mask, float("-inf")).log_softmax(dim=-1).masked_fill(~mask, 0.0)
     divergence = (target * (target.clamp(min=1e-20).log() - predicted)).sum(dim=-1)
-    return (divergence * learned_BT).sum() / learned_BT.sum().clamp(min=1)
+    count = learned_BT.sum() if count is None else count
+    return (divergence * learned_BT).sum() / count.clamp(min=1)

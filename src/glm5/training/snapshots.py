@@ -47,8 +47,7 @@ def save_snapshot(
     target = run / f"step-{step:07d}"
     temporary = Path(tempfile.mkdtemp(prefix=".step-", dir=run))
     try:
-        save_model(model, temporary, stored="fp32")
-        tokenizer.save_pretrained(temporary)
+        save_model(model, temporary, stored="fp32", beside=tokenizer.save_pretrained)
         write_safetensors(temporary / OPTIMIZER_FILE, _optimizer_tensors(model, optimizers))
         write_atomic(temporary / STATE_FILE, json.dumps({"step": step, **state}, indent=1) + "\n")
         temporary.chmod(0o755)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glm5.formats.packed import PROJECTIONS, Scheme
 from glm5.formats.packing import pack
-from glm5.layers.packed import PROJECTIONS, PackedExperts, Scheme
+from glm5.layers.packed import PackedExperts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The largest difference over the largest value. The interpreter cuts bf16 off where a GPU rounds.
@@ -33,7 +34,7 @@ def packed_codes(rows: int, columns: int, bits: int, group: int, seed: int) -> t
 
 def packed_experts(experts: int, hidden: int, width: int, bits: int, group: int, seed: int) -> PackedExperts:
     bank = PackedExperts(experts, hidden, width, Scheme(bits, group))
-    bank.place(DEVICE)
+    bank.reserve(DEVICE)
     for expert in range(experts):
         for place, projection in enumerate(PROJECTIONS):
             target = bank.packed(expert, projection)

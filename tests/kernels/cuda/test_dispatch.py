@@ -5,20 +5,20 @@ Without a GPU its tensors stay on the CPU and are only called GPU tensors.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
+from glm5.checkpoint.filling import Target
 from glm5.config import ModelConfig
-from glm5.kernels import attention, cuda, modules
-from glm5.layers.native_attention import NativeAttention
-from glm5.layers.packed import PackedLinear, Scheme
-from glm5.layers.swap import pack_modules, place_modules, round_into
+from glm5.formats.packed import Packed, Scheme
+from glm5.kernels import cpu, cuda
+from glm5.layers import packed as packed_layers
+from glm5.layers import swap as table
+from glm5.layers.gpu_layer import GpuLayer
+from glm5.layers.packed import PackedLinear
 from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.cache import Cache
-from glm5.runtime.cuda_graph import GraphedStep
 from tests.kernels.cuda.cuda_fixture import DEVICE, distance, normal, packed_codes
 from tests.model_fixture import random_ids, tiny_config, tiny_model
 
@@ -30,24 +30,35 @@ OPERATIONS = ("linear", "experts", "attend", "select")
 def packed_model(config: ModelConfig) -> GlmForCausalLM:
     """A tiny model in int4, its router, indexer and kv_b_proj in floats, as they always are."""
     model = tiny_model(config)
-    stay = ("mlp.gate", "indexer", "lm_head", "kv_b_proj")
-    found = pack_modules(model, lambda name: None if any(s in name for s in stay) else Scheme(4, 32))
-    place_modules(model, torch.device("cpu"))
-    for number, weight in enumerate(found):
-        values = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)) * 0.1
-        round_into(weight, values, Path("nowhere"))
+    stay = ("mlp.gate", "indexer", "lm_head", "kv_b_proj", "embed_tokens")
+    targets = table.swap(
+        model, torch.device("cuda"), lambda name: None if any(s in name for s in stay) else Scheme(4, 32)
+    )
+    for module in model.modules():
+        if isinstance(module, PackedLinear | packed_layers.PackedExperts):
+            module.reserve(torch.device("cpu"))
+    for number, target in enumerate(targets):
+        fill(target, number)
     return model.to(DEVICE)
 
 
+def fill(target: Target, seed: int) -> None:
+    memory = target.memory()
+    if isinstance(memory, Packed):
+        assert target.scheme is not None
+        values = torch.randn(target.shape, generator=torch.Generator().manual_seed(seed)) * 0.1
+        rounded = cpu.round_weights(values, bits=4, group=target.scheme.group)
+        memory.words.copy_(rounded.words)
+        memory.scales.copy_(rounded.scales)
+
+
 def answers(model: GlmForCausalLM) -> list[Tensor]:
-    """A prompt longer than the selection, and a token; that token again as a steady step."""
+    """A prompt longer than the selection, and a token behind it."""
     cache = Cache(model.config, 1, 16, dtype=torch.float32, device=DEVICE)
     with torch.inference_mode():
         found = [model(random_ids(1, 12).to(DEVICE), cache=cache).logits]
         ids = random_ids(1, 1, seed=1).to(DEVICE)
-        found.append(model(ids, cache=cache).logits)
-        cache.truncate(12)
-        return [*found, GraphedStep(model, cache)(ids)]
+        return [*found, model(ids, cache=cache).logits]
 
 
 def test_a_model_runs_on_the_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,8 +67,8 @@ def test_a_model_runs_on_the_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
         qk_rope_head_dim=16, index_n_heads=16, index_head_dim=32,
     )  # fmt: skip
     model = packed_model(config)
-    for module in (modules, attention):
-        monkeypatch.setattr(module, "runs_natively", lambda x: False)
+    assert all(isinstance(layer, GpuLayer) for layer in model.model.layers)
+    monkeypatch.setattr(packed_layers, "runs_natively", lambda x: False)
     monkeypatch.setattr(cuda, "runs_here", lambda x: False)
     unpacked = answers(model)
 
@@ -90,7 +101,7 @@ def test_gradients_keep_away_from_the_kernels() -> None:
 def test_a_moved_layer_reads_its_new_memory() -> None:
     """What the CPU library holds by address is forgotten when `.to()` moves a module's tensors."""
     layer, x = PackedLinear(64, 9, Scheme(4, 32)), normal(2, 64, seed=1).cpu()
-    layer.place(torch.device("cpu"))
+    layer.reserve(torch.device("cpu"))
     words, scales = packed_codes(9, 64, 4, 32, seed=2)
     layer.words.copy_(words)
     layer.scales.copy_(scales)
@@ -99,9 +110,3 @@ def test_a_moved_layer_reads_its_new_memory() -> None:
     old.zero_()
     assert torch.equal(layer(x), before)
     assert layer.matrix.weight is layer.words
-
-
-def test_a_model_placed_on_the_gpu_gets_the_same_modules() -> None:
-    model = tiny_model()
-    place_modules(model, torch.device("cuda"))
-    assert sum(isinstance(module, NativeAttention) for module in model.modules()) == 4

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from glm5.checkpoint import names
+from glm5.checkpoint.directory import MAX_PARAMETERS
 from glm5.checkpoint.gguf.config import model_config
 from glm5.checkpoint.gguf.file import GgufFile, decoder, read_tensor
 from glm5.checkpoint.gguf.header import GgufTensor
 from glm5.checkpoint.gguf.names import Source, is_borrowed, source
-from glm5.checkpoint.reading import MAX_PARAMETERS
 from glm5.disk.safetensors_file import shown
 from glm5.errors import CheckpointError
 from glm5.model.transformer import GlmForCausalLM

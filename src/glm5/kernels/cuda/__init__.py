@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from glm5.kernels.cpu import Slots
+from glm5.kernels.cuda.bank import Bank
+from glm5.kernels.slots import Slots
 
-if TYPE_CHECKING:
-    from glm5.layers.packed import PackedExperts
+__all__ = ["Bank", "Slots", "attend", "available", "experts", "linear", "runs_here", "select"]
 
 
 @cache
@@ -47,11 +46,11 @@ def linear(
     return products.linear(x, words, scales, bits=bits, group=group, bias=bias)
 
 
-def experts(x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, bank: PackedExperts) -> Tensor:
+def experts(x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, bank: Bank) -> Tensor:
     """See `mixture.experts`."""
     from glm5.kernels.cuda import mixture
 
-    return mixture.experts(x_TD, topk_ids_TK, topk_weights_TK, mixture.bank_of(bank))
+    return mixture.experts(x_TD, topk_ids_TK, topk_weights_TK, bank)
 
 
 def attend(

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glm5.kernels.cpu import Slots
 from glm5.kernels.cuda.launch import ACTIVATIONS, ceil_div, need, next_power, on_its_device, product_type
 from glm5.kernels.cuda.programs import index as programs
+from glm5.kernels.slots import Slots
 
 SLOTS = 64  # of a program
 UNSEEN = -(1 << 63)

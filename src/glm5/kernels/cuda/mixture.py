@@ -14,53 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from glm5.kernels.cuda.bank import Bank
 from glm5.kernels.cuda.launch import ACTIVATIONS, ceil_div, need, on_its_device, product_type
 from glm5.kernels.cuda.programs import mixture as programs
 from glm5.kernels.cuda.tiles import BAND_ROWS, BAND_WARPS, FEW_ROWS, bands_of, expert_tile, units_of
-from glm5.layers.packed import PackedExperts
-
-
-class Bank(NamedTuple):
-    """Experts as `PackedExperts` keeps them: one run of bytes each.
-
-    run: uint8 [E, stride], stride a multiple of 16. starts: byte of the first code and the first scale
-    within a run, of gate, up and down.
-    """
-
-    run: Tensor
-    starts: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-    hidden: int
-    width: int
-    bits: int
-    group: int
-    scale_dtype: torch.dtype
-
-    @property
-    def words(self) -> Tensor:
-        return self.run.view(torch.int32)
-
-    @property
-    def scales(self) -> Tensor:
-        return self.run.view(self.scale_dtype)
-
-    @property
-    def strides(self) -> tuple[int, int]:
-        """From one expert to the next, in words and in scales."""
-        return self.run.shape[1] // 4, self.run.shape[1] // self.scale_dtype.itemsize
-
-    def at(self, projection: int) -> tuple[int, int]:
-        """Where a projection begins: its codes in words, its scales in scales."""
-        codes, scales = self.starts[projection]
-        return codes // 4, scales // self.scale_dtype.itemsize
-
-
-def bank_of(experts: PackedExperts) -> Bank:
-    scheme = experts.scheme
-    gate, up, down = ((codes.start, scales.start) for codes, scales in experts._parts.values())
-    return Bank(
-        experts.bytes, (gate, up, down), experts.hidden, experts.width, scheme.bits, scheme.group,
-        scheme.scale_dtype,
-    )  # fmt: skip
 
 
 @on_its_device

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glm5.kernels.cpu import Slots
 from glm5.kernels.cuda.launch import ACTIVATIONS, ceil_div, need, next_power, on_its_device, product_type
 from glm5.kernels.cuda.programs import mla as programs
+from glm5.kernels.slots import Slots
 
 HEADS = 16  # of a program: the fewest rows a tensor core takes
 # Slots of a program: short chunks where DSA chose 2048 slots, so that one query keeps a GPU busy.

@@ -1,5 +1,7 @@
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "plan.h"
 
@@ -58,12 +60,19 @@ std::vector<const Table*> supported() {
 
 const Table* chosen = nullptr;
 
+std::string names() {
+  std::string joined;
+  for (const Table* each : supported()) joined += (joined.empty() ? "" : ", ") + std::string(each->name);
+  return joined;
+}
+
 }  // namespace
 
 const Table& table() {
   if (!chosen) {
     const char* asked = std::getenv("GLM5_ISA");
-    if (!asked || !use_table(asked)) chosen = supported().front();
+    if (asked && !use_table(asked)) throw std::runtime_error(std::string("GLM5_ISA is '") + asked + "', which this machine has not; it has " + names());
+    if (!asked) chosen = supported().front();
   }
   return *chosen;
 }

@@ -8,7 +8,6 @@ Table functions() {
   Table table = avx512::functions;
   table.name = "avx512bf16";
   table.attend_heads = attend_heads_by_pairs;
-  table.attend_prompt = attend_prompt_by_pairs;
   table.select = select_by_pairs;
   return table;
 }

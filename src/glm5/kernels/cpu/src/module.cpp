@@ -1,12 +1,12 @@
-// The Python module `glm5.kernels._cpu`: addresses and sizes in, nothing out. `glm5.kernels.cpu`
-// checks shapes and keeps the tensors alive; nothing here may be called with unchecked sizes.
+// The Python module `glm5.kernels._cpu`. A call is an object whose fields are set by name; tensors come as
+// addresses. `glm5.kernels.cpu` checks every shape, dtype and index and keeps the tensors alive: it is the only
+// caller, and nothing here may be called with unchecked sizes.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <initializer_list>
 #include <stdexcept>
-#include <utility>
+#include <type_traits>
 
 #include "plan.h"
 #include "threads.h"
@@ -21,6 +21,28 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// A plain struct in Python: fields by name, pointers as addresses.
+template <class C>
+class Fields {
+ public:
+  Fields(nb::module_& m, const char* name) : bound_(m, name) { bound_.def(nb::init<>()); }
+
+  template <class T>
+  Fields& operator()(const char* name, T C::*field) {
+    if constexpr (std::is_pointer_v<T>)
+      bound_.def_prop_rw(name, [field](const C& self) { return reinterpret_cast<uintptr_t>(self.*field); },
+                         [field](C& self, uintptr_t address) { self.*field = reinterpret_cast<T>(address); });
+    else
+      bound_.def_rw(name, field);
+    return *this;
+  }
+
+  nb::class_<C>& bound() { return bound_; }
+
+ private:
+  nb::class_<C> bound_;
+};
+
 Matrix make_matrix(int codes, int rows, int cols, int group, uintptr_t data, int scale_type, uintptr_t scales) {
   Matrix m;
   m.codes = static_cast<Codes>(codes);
@@ -29,120 +51,6 @@ Matrix make_matrix(int codes, int rows, int cols, int group, uintptr_t data, int
   m.data = at<const uint8_t>(data);
   m.scales = at<const void>(scales);
   return m;
-}
-
-void run_linear(const Matrix& matrix, uintptr_t x, bool x_bf16, int count, uintptr_t out, bool out_bf16, uintptr_t bias,
-                uintptr_t add, uintptr_t norm, float eps, bool exact) {
-  LinearOutput output;
-  output.matrix = &matrix;
-  output.bias = at<const float>(bias);
-  output.add = at<const void>(add);
-  output.out = at<void>(out);
-  output.stride = static_cast<size_t>(matrix.rows);
-  output.bf16 = out_bf16;
-  LinearCall call;
-  call.x = at<const void>(x), call.x_bf16 = x_bf16, call.count = count;
-  call.norm = at<const float>(norm), call.eps = eps, call.exact = exact;
-  call.output = &output, call.outputs = 1;
-  nb::gil_scoped_release release;
-  table().linear(call);
-}
-
-void run_rms_norm(uintptr_t x, bool bf16, int count, int cols, uintptr_t weight, float eps, uintptr_t out) {
-  NormCall call;
-  call.x = at<const void>(x), call.out = at<void>(out), call.weight = at<const float>(weight);
-  call.bf16 = bf16, call.count = count, call.cols = cols, call.eps = eps;
-  nb::gil_scoped_release release;
-  table().norm_rows(call);
-}
-
-void run_moe(const MoeLayer& layer, uintptr_t x, bool x_bf16, int count, uintptr_t out, uintptr_t add, uintptr_t norm,
-             float eps, bool exact, uintptr_t ids, uintptr_t weights, uintptr_t chosen_ids) {
-  MoeCall call;
-  call.layer = &layer;
-  call.x = at<const void>(x), call.x_bf16 = x_bf16, call.count = count;
-  call.out = at<void>(out), call.add = at<const void>(add);
-  call.norm = at<const float>(norm), call.eps = eps, call.exact = exact;
-  call.ids = at<const int>(ids), call.weights = at<const float>(weights), call.chosen_ids = at<int>(chosen_ids);
-  nb::gil_scoped_release release;
-  table().moe(call);
-}
-
-void run_attend(const Matrix& kv_b, uintptr_t q, bool bf16, uintptr_t turns, uintptr_t cache, bool cache_bf16, size_t cache_row_bytes,
-                uintptr_t out, int count, int heads, int nope, int rotary, int value, uintptr_t cache_rows, uintptr_t slots,
-                uintptr_t counts, int max_slots, float scale, bool exact) {
-  AttendCall call;
-  call.kv_b = &kv_b;
-  call.q = at<const void>(q), call.bf16 = bf16, call.turns = at<const float>(turns);
-  call.cache = at<const void>(cache), call.cache_bf16 = cache_bf16, call.cache_row_bytes = cache_row_bytes;
-  call.out = at<void>(out);
-  call.count = count, call.heads = heads, call.nope = nope, call.rotary = rotary, call.latent = kv_b.cols, call.value = value;
-  call.cache_rows = at<const int32_t>(cache_rows), call.slots = at<const int32_t>(slots);
-  call.counts = at<const int32_t>(counts), call.max_slots = max_slots, call.scale = scale, call.exact = exact;
-  nb::gil_scoped_release release;
-  table().attend(call);
-}
-
-void run_attend_prompt(uintptr_t q_own, std::vector<size_t> q_own_at, uintptr_t q_shared, std::vector<size_t> q_shared_at, uintptr_t k_own,
-                       std::vector<size_t> k_own_at, uintptr_t k_shared, std::vector<size_t> k_shared_at, uintptr_t v, std::vector<size_t> v_at,
-                       uintptr_t out, bool bf16, bool shared_bf16, std::vector<int> sizes, bool causal, uintptr_t visible, size_t visible_at, float scale) {
-  if (q_own_at.size() != 3 || q_shared_at.size() != 3 || k_own_at.size() != 3 || k_shared_at.size() != 2 || v_at.size() != 3 || sizes.size() != 8)
-    throw std::invalid_argument("offsets or sizes are incomplete");
-  PromptCall call;
-  call.q_own = at<const void>(q_own), call.q_shared = at<const void>(q_shared), call.k_own = at<const void>(k_own);
-  call.k_shared = at<const void>(k_shared), call.v = at<const void>(v), call.out = at<void>(out);
-  for (size_t i = 0; i < 3; i++) call.q_own_at[i] = q_own_at[i], call.q_shared_at[i] = q_shared_at[i], call.k_own_at[i] = k_own_at[i], call.v_at[i] = v_at[i];
-  for (size_t i = 0; i < 2; i++) call.k_shared_at[i] = k_shared_at[i];
-  call.bf16 = bf16, call.shared_bf16 = shared_bf16;
-  call.batch = sizes[0], call.queries = sizes[1], call.keys = sizes[2], call.heads = sizes[3], call.kv_heads = sizes[4];
-  call.own = sizes[5], call.shared = sizes[6], call.value = sizes[7];
-  call.causal = causal, call.visible = at<const uint8_t>(visible), call.visible_at = visible_at, call.scale = scale;
-  nb::gil_scoped_release release;
-  table().attend_prompt(call);
-}
-
-void run_select(uintptr_t q, bool bf16, uintptr_t turns, uintptr_t weights, uintptr_t cache, bool bf16_cache, size_t cache_row_bytes,
-                int count, int heads, int width, int rotary, int keys, int topk, uintptr_t cache_rows, uintptr_t visible,
-                uintptr_t slots, uintptr_t counts) {
-  SelectCall call;
-  call.q = at<const void>(q), call.bf16 = bf16, call.turns = at<const float>(turns), call.weights = at<const float>(weights);
-  call.cache = at<const void>(cache), call.bf16_cache = bf16_cache, call.cache_row_bytes = cache_row_bytes;
-  call.count = count, call.heads = heads, call.width = width, call.rotary = rotary, call.keys = keys, call.topk = topk;
-  call.cache_rows = at<const int32_t>(cache_rows), call.visible = at<const uint8_t>(visible);
-  call.slots = at<int32_t>(slots), call.counts = at<int32_t>(counts);
-  nb::gil_scoped_release release;
-  table().select(call);
-}
-
-void run_decode_layer(const DecoderLayer& layer, uintptr_t x, uintptr_t out, bool bf16, int batch, int queries, int keys, bool causal, uintptr_t turns,
-                      uintptr_t latents, size_t latents_row_bytes, uintptr_t index_keys, size_t index_row_bytes, bool cache_bf16, uintptr_t visible,
-                      size_t visible_at, uintptr_t slots, uintptr_t counts, int max_slots, uintptr_t chosen_slots, uintptr_t chosen_counts) {
-  LayerCall call;
-  call.layer = &layer, call.x = at<const void>(x), call.out = at<void>(out), call.bf16 = bf16;
-  call.batch = batch, call.queries = queries, call.keys = keys, call.causal = causal, call.turns = at<const float>(turns);
-  call.latents = at<void>(latents), call.latents_row_bytes = latents_row_bytes;
-  call.index_keys = at<void>(index_keys), call.index_row_bytes = index_row_bytes, call.cache_bf16 = cache_bf16;
-  call.visible = at<const uint8_t>(visible), call.visible_at = visible_at;
-  call.slots = at<const int32_t>(slots), call.counts = at<const int32_t>(counts), call.max_slots = max_slots;
-  call.chosen_slots = at<int32_t>(chosen_slots), call.chosen_counts = at<int32_t>(chosen_counts);
-  nb::gil_scoped_release release;
-  table().decode_layer(call);
-}
-
-nb::tuple run_round(uintptr_t weights, int dtype, int rows, int cols, int group, int bits, uintptr_t importance, bool search,
-                    uintptr_t codes, uintptr_t scales) {
-  double error = 0, energy = 0;
-  RoundCall call;
-  call.weights = at<const void>(weights), call.dtype = static_cast<Codes>(dtype);
-  call.rows = rows, call.cols = cols, call.group = group, call.bits = bits;
-  call.importance = at<const float>(importance), call.search = search;
-  call.codes = at<uint8_t>(codes), call.scales = at<uint16_t>(scales);
-  call.error = &error, call.energy = &energy;
-  {
-    nb::gil_scoped_release release;
-    table().round_weights(call);
-  }
-  return nb::make_tuple(error, energy);
 }
 
 // Is every value of a run of bf16, f16 or f32 finite? Infinities and NaN have all exponent bits set.
@@ -162,57 +70,137 @@ bool all_finite(uintptr_t address, size_t count, int codes) {
   }
 }
 
-}  // namespace
-
-NB_MODULE(_cpu, m) {
-  m.doc() = "Native CPU kernels of glm5; use glm5.kernels.cpu.";
+void bind_parts(nb::module_& m) {
   nb::class_<Matrix>(m, "Matrix")
       .def("__init__", [](Matrix* self, int codes, int rows, int cols, int group, uintptr_t data, int scale_type, uintptr_t scales) {
         new (self) Matrix(make_matrix(codes, rows, cols, group, data, scale_type, scales));
       })
-      .def_ro("rows", &Matrix::rows)
-      .def_ro("cols", &Matrix::cols)
-      .def_prop_ro("block", &Matrix::block)
-      .def_prop_ro("row_bytes", &Matrix::row_bytes);
+      .def_prop_ro("block", &Matrix::block);
+  nb::class_<Vector>(m, "Vector").def("__init__", [](Vector* self, uintptr_t data, int type, int size) {
+    new (self) Vector{at<const void>(data), static_cast<Codes>(type), size};
+  });
+  nb::class_<ExpertBank>(m, "ExpertBank")
+      .def("__init__", [](ExpertBank* self, int hidden, size_t experts) { new (self) ExpertBank{hidden, std::vector<Expert>(experts)}; })
+      .def("put", [](ExpertBank& self, size_t expert, const Matrix& gate, const Matrix& up, const Matrix& down) {
+        self.experts.at(expert) = {gate, up, down};
+      })
+      .def("drop", [](ExpertBank& self, size_t expert) { self.experts.at(expert) = Expert(); });
   nb::class_<MoeLayer>(m, "MoeLayer")
       .def("__init__", [](MoeLayer* self, int hidden) { new (self) MoeLayer(); self->hidden = hidden; })
-      .def("add_expert", [](MoeLayer& self, const Matrix& gate, const Matrix& up, const Matrix& down) { self.experts.push_back({gate, up, down}); })
+      .def("set_bank", [](MoeLayer& self, const ExpertBank& bank) { self.bank = &bank; }, nb::keep_alive<1, 2>())
       .def("set_shared", [](MoeLayer& self, const Matrix& gate, const Matrix& up, const Matrix& down) {
         self.has_shared = true;
         self.shared = {gate, up, down};
       })
-      .def("set_router", [](MoeLayer& self, const Matrix& weight, std::vector<float> bias, int topk, int groups, int topk_groups,
+      .def("set_router", [](MoeLayer& self, const Matrix& weight, const Vector& bias, int topk, int groups, int topk_groups,
                             bool normalize, float factor) {
-        self.router = {weight, std::move(bias), weight.rows, topk, groups, topk_groups, normalize, factor};
+        self.router = {weight, bias, weight.rows, topk, groups, topk_groups, normalize, factor};
       });
-  nb::class_<DecoderLayer> layer(m, "DecoderLayer");
-  layer.def(nb::init<>());
-  for (auto [name, field] : std::initializer_list<std::pair<const char*, Matrix DecoderLayer::*>>{
-           {"down", &DecoderLayer::down}, {"q_b", &DecoderLayer::q_b}, {"kv_a", &DecoderLayer::kv_a}, {"kv_b", &DecoderLayer::kv_b},
-           {"o", &DecoderLayer::o}, {"index_q", &DecoderLayer::index_q}, {"index_k", &DecoderLayer::index_k}, {"index_weights", &DecoderLayer::index_weights}})
-    layer.def_rw(name, field);
-  for (auto [name, field] : std::initializer_list<std::pair<const char*, std::vector<float> DecoderLayer::*>>{
-           {"input_norm", &DecoderLayer::input_norm}, {"post_norm", &DecoderLayer::post_norm}, {"q_norm", &DecoderLayer::q_norm},
-           {"kv_norm", &DecoderLayer::kv_norm}, {"index_norm", &DecoderLayer::index_norm}, {"index_norm_bias", &DecoderLayer::index_norm_bias},
-           {"down_bias", &DecoderLayer::down_bias}, {"kv_a_bias", &DecoderLayer::kv_a_bias}, {"o_bias", &DecoderLayer::o_bias}})
-    layer.def_rw(name, field);
-  for (auto [name, field] : std::initializer_list<std::pair<const char*, float DecoderLayer::*>>{
-           {"eps", &DecoderLayer::eps}, {"latent_eps", &DecoderLayer::latent_eps}, {"index_eps", &DecoderLayer::index_eps}, {"scale", &DecoderLayer::scale}})
-    layer.def_rw(name, field);
-  for (auto [name, field] : std::initializer_list<std::pair<const char*, int DecoderLayer::*>>{
-           {"hidden", &DecoderLayer::hidden}, {"heads", &DecoderLayer::heads}, {"nope", &DecoderLayer::nope}, {"rotary", &DecoderLayer::rotary},
-           {"latent", &DecoderLayer::latent}, {"value", &DecoderLayer::value}, {"index_heads", &DecoderLayer::index_heads},
-           {"index_width", &DecoderLayer::index_width}, {"topk", &DecoderLayer::topk}})
-    layer.def_rw(name, field);
-  layer.def("set_feed", [](DecoderLayer& self, const MoeLayer& feed) { self.feed = &feed; }, nb::keep_alive<1, 2>());
-  m.def("decode_layer", &run_decode_layer);
-  m.def("linear", &run_linear);
-  m.def("rms_norm", &run_rms_norm);
-  m.def("moe", &run_moe);
-  m.def("attend", &run_attend);
-  m.def("attend_prompt", &run_attend_prompt);
-  m.def("select", &run_select);
-  m.def("round_weights", &run_round);
+  using L = DecoderLayer;
+  Fields<L> layer(m, "DecoderLayer");
+  layer("grouped", &L::grouped)("hidden", &L::hidden)("heads", &L::heads)("kv_heads", &L::kv_heads)("nope", &L::nope);
+  layer("rotary", &L::rotary)("latent", &L::latent)("value", &L::value)("scale", &L::scale);
+  layer("q_in", &L::q_in)("q_b", &L::q_b)("kv_in", &L::kv_in)("kv_b", &L::kv_b)("v", &L::v)("o", &L::o);
+  layer("q_bias", &L::q_bias)("kv_bias", &L::kv_bias)("v_bias", &L::v_bias)("o_bias", &L::o_bias);
+  layer("input_norm", &L::input_norm)("post_norm", &L::post_norm)("q_norm", &L::q_norm)("kv_norm", &L::kv_norm);
+  layer("eps", &L::eps)("head_eps", &L::head_eps);
+  layer("index_q", &L::index_q)("index_k", &L::index_k)("index_weights", &L::index_weights)("index_norm", &L::index_norm);
+  layer("index_norm_bias", &L::index_norm_bias)("index_eps", &L::index_eps)("index_heads", &L::index_heads);
+  layer("index_width", &L::index_width)("topk", &L::topk);
+  layer.bound().def("set_feed", [](L& self, const MoeLayer& feed) { self.feed = &feed; }, nb::keep_alive<1, 2>());
+}
+
+void bind_calls(nb::module_& m) {
+  Fields<LinearCall>(m, "LinearCall")("x", &LinearCall::x)("x_bf16", &LinearCall::x_bf16)("count", &LinearCall::count)
+      ("norm", &LinearCall::norm)("eps", &LinearCall::eps)("exact", &LinearCall::exact);
+  Fields<LinearOutput>(m, "LinearOutput")("bias", &LinearOutput::bias)("add", &LinearOutput::add)("out", &LinearOutput::out)
+      ("stride", &LinearOutput::stride)("bf16", &LinearOutput::bf16);
+  using N = NormCall;
+  Fields<N>(m, "NormCall")("x", &N::x)("out", &N::out)("weight", &N::weight)("bf16", &N::bf16)("count", &N::count)
+      ("cols", &N::cols)("eps", &N::eps);
+  using E = MoeCall;
+  Fields<E>(m, "MoeCall")("x", &E::x)("add", &E::add)("out", &E::out)("x_bf16", &E::x_bf16)("count", &E::count)("norm", &E::norm)
+      ("eps", &E::eps)("exact", &E::exact)("ids", &E::ids)("weights", &E::weights)("topk", &E::topk)("chosen_ids", &E::chosen_ids)
+      ("chosen_weights", &E::chosen_weights)("scores", &E::scores);
+  using C = CachedRows;
+  Fields<C>(m, "CachedRows")("keys", &C::keys)("values", &C::values)("bf16", &C::bf16)("key_width", &C::key_width)
+      ("value_width", &C::value_width)("key_stride", &C::key_stride)("value_stride", &C::value_stride)
+      ("key_row_bytes", &C::key_row_bytes)("value_row_bytes", &C::value_row_bytes);
+  using S = SeenSlots;
+  Fields<S>(m, "SeenSlots")("rows", &S::rows)("slots", &S::slots)("counts", &S::counts)("room", &S::room);
+  using A = AttendCall;
+  Fields<A>(m, "AttendCall")("q", &A::q)("turns", &A::turns)("out", &A::out)("bf16", &A::bf16)("exact", &A::exact)
+      ("count", &A::count)("heads", &A::heads)("nope", &A::nope)("rotary", &A::rotary)("latent", &A::latent)("value", &A::value)
+      ("cache", &A::cache)("seen", &A::seen)("scale", &A::scale);
+  using G = GroupedCall;
+  Fields<G>(m, "GroupedCall")("q", &G::q)("out", &G::out)("count", &G::count)("heads", &G::heads)("kv_heads", &G::kv_heads)
+      ("cache", &G::cache)("seen", &G::seen)("scale", &G::scale);
+  using D = SelectCall;
+  Fields<D>(m, "SelectCall")("q", &D::q)("turns", &D::turns)("weights", &D::weights)("cache", &D::cache)("bf16", &D::bf16)
+      ("bf16_cache", &D::bf16_cache)("count", &D::count)("heads", &D::heads)("width", &D::width)("rotary", &D::rotary)
+      ("keys", &D::keys)("topk", &D::topk)("cache_row_bytes", &D::cache_row_bytes)("cache_rows", &D::cache_rows)
+      ("limits", &D::limits)("visible", &D::visible)("slots", &D::slots)("counts", &D::counts);
+  using L = LayerCall;
+  Fields<L>(m, "LayerCall")("x", &L::x)("out", &L::out)("bf16", &L::bf16)("cache_bf16", &L::cache_bf16)("causal", &L::causal)("exact", &L::exact)
+      ("batch", &L::batch)("queries", &L::queries)("keys", &L::keys)("turns", &L::turns)("latents", &L::latents)
+      ("values", &L::values)("index_keys", &L::index_keys)("latents_row_bytes", &L::latents_row_bytes)
+      ("values_row_bytes", &L::values_row_bytes)("index_row_bytes", &L::index_row_bytes)("visible", &L::visible)
+      ("visible_at", &L::visible_at)("slots", &L::slots)("counts", &L::counts)("room", &L::room)
+      ("chosen_slots", &L::chosen_slots)("chosen_counts", &L::chosen_counts)("expert_ids", &L::expert_ids)
+      ("expert_weights", &L::expert_weights)("expert_scores", &L::expert_scores);
+  using R = RoundCall;
+  Fields<R>(m, "RoundCall")("weights", &R::weights)("rows", &R::rows)("cols", &R::cols)("group", &R::group)("bits", &R::bits)
+      ("importance", &R::importance)("search", &R::search)("codes", &R::codes)("scales", &R::scales);
+}
+
+// The functions; each runs without the interpreter's lock.
+void bind_functions(nb::module_& m) {
+  m.def("linear", [](LinearCall call, LinearOutput output, const Matrix& matrix) {
+    nb::gil_scoped_release release;
+    output.matrix = &matrix;
+    call.output = &output, call.outputs = 1;
+    table().linear(call);
+  });
+  m.def("norm_rows", [](const NormCall& call) {
+    nb::gil_scoped_release release;
+    table().norm_rows(call);
+  });
+  m.def("moe", [](MoeCall call, const MoeLayer& layer) {
+    nb::gil_scoped_release release;
+    call.layer = &layer;
+    table().moe(call);
+  });
+  m.def("route", [](MoeCall call, const MoeLayer& layer) {
+    nb::gil_scoped_release release;
+    call.layer = &layer;
+    table().route(call);
+  });
+  m.def("attend", [](AttendCall call, const Matrix& kv_b) {
+    nb::gil_scoped_release release;
+    call.kv_b = &kv_b;
+    table().attend(call);
+  });
+  m.def("attend_grouped", [](const GroupedCall& call) {
+    nb::gil_scoped_release release;
+    table().attend_grouped(call);
+  });
+  m.def("select", [](const SelectCall& call) {
+    nb::gil_scoped_release release;
+    table().select(call);
+  });
+  m.def("decode_layer", [](const DecoderLayer& layer, const LayerCall& call) {
+    nb::gil_scoped_release release;
+    table().decode_layer(layer, call);
+  });
+  m.def("round_weights", [](RoundCall call, int dtype) {
+    double error = 0, energy = 0;
+    call.dtype = static_cast<Codes>(dtype), call.error = &error, call.energy = &energy;
+    {
+      nb::gil_scoped_release release;
+      table().round_weights(call);
+    }
+    return nb::make_tuple(error, energy);
+  });
   m.def("all_finite", &all_finite);
   m.def("read_all", [](uintptr_t data, size_t bytes, int streams) {
     nb::gil_scoped_release release;
@@ -222,6 +210,15 @@ NB_MODULE(_cpu, m) {
     nb::gil_scoped_release release;
     return table().spin_products(rounds);
   });
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "Native CPU kernels of glm5; use glm5.kernels.cpu.";
+  bind_parts(m);
+  bind_calls(m);
+  bind_functions(m);
   m.def("set_threads", &set_threads);
   m.def("threads", &threads);
   m.def("instruction_set", [] { return std::string(table().name); });

@@ -1,12 +1,11 @@
 // Attention over bf16 by products of pairs (AVX512_BF16): twice the arithmetic of fp32 an instruction.
 //
-// Keys, values and cached rows are bf16 as they lie; of prompts the queries too. Rounded on the way, as on
-// GPUs: the softmax's weights, and the queries of the absorbed form. Sums are fp32, in an order that depends
-// on nothing but the query's own slots. Other dtypes go to the set without pairs.
+// Cached rows are bf16 as they lie. Rounded on the way, as on GPUs: the softmax's weights and the queries.
+// Sums are fp32, in an order that depends on nothing but the query's own slots. Other dtypes, and widths that
+// are no multiples of 16, go to the set without pairs.
 #pragma once
 
-#include "attention.h"
-#include "prompt.h"
+#include "indexer.h"
 
 namespace glm5 {
 namespace avx512 { extern const Table functions; }
@@ -49,73 +48,7 @@ GLM5_INLINE inline float fold_pairs(const float* scores, float scale, uint64_t s
   return keep;
 }
 
-// ---------------------------------------------------------------- prompts
-
-inline void prompt_pairs(const PromptCall& call, const PromptItem& item) {
-  const int depth = (call.own + call.shared + 31) / 32 * 32, words = depth / 2, value = call.value, n = item.count;
-  const int kv_head = item.head / (call.heads / call.kv_heads);
-  static thread_local std::vector<float> float_store;
-  static thread_local std::vector<uint32_t> word_store;
-  const size_t rows = static_cast<size_t>(n);
-  Band<Pairs> band;
-  band.depth = words;
-  band.mixed = scratch(float_store, rows * (static_cast<size_t>(value) + 2) + kQueryTile * (kKeys + 1));
-  band.top = band.mixed + rows * value, band.total = band.top + rows;
-  band.scores = band.total + rows, band.keep = band.scores + kQueryTile * kKeys;
-  band.q = scratch(word_store, (rows + 16 + kKeys) * words + static_cast<size_t>(kKeys / 2) * value + kQueryTile * kKeys / 2);
-  uint32_t* lines = band.q + rows * words;  // [16][words]
-  band.keys = lines + static_cast<size_t>(16) * words;
-  band.values = band.keys + static_cast<size_t>(words) * kKeys;
-  band.weights = band.values + static_cast<size_t>(kKeys / 2) * value;
-
-  const auto* q_own = static_cast<const uint16_t*>(call.q_own);
-  const auto* q_shared = static_cast<const uint16_t*>(call.q_shared);
-  const auto* k_own = static_cast<const uint16_t*>(call.k_own);
-  const auto* k_shared = static_cast<const uint16_t*>(call.k_shared);
-  const auto* v = static_cast<const uint16_t*>(call.v);
-  const auto join = [&](const uint16_t* own, const uint16_t* shared, uint32_t* to) {
-    auto* out = reinterpret_cast<uint16_t*>(to);
-    std::memcpy(out, own, 2 * static_cast<size_t>(call.own));
-    if (call.shared) std::memcpy(out + call.own, shared, 2 * static_cast<size_t>(call.shared));
-    std::memset(out + call.own + call.shared, 0, 2 * static_cast<size_t>(depth - call.own - call.shared));
-  };
-  for (int i = 0; i < n; i++) {
-    const size_t t = static_cast<size_t>(item.first + i);
-    join(q_own + item.row * call.q_own_at[0] + t * call.q_own_at[1] + item.head * call.q_own_at[2],
-         q_shared + item.row * call.q_shared_at[0] + t * call.q_shared_at[1] + item.head * call.q_shared_at[2], band.q + static_cast<size_t>(i) * words);
-  }
-  const auto take = [&](int s0, int here) {
-    const auto slot = [&](int s) { return static_cast<size_t>(s0 + std::min(s, here - 1)); };
-    for (int s = 0; s < kKeys; s += 16) {
-      for (int j = 0; j < 16; j++)
-        join(k_own + item.row * call.k_own_at[0] + slot(s + j) * call.k_own_at[1] + kv_head * call.k_own_at[2],
-             k_shared + item.row * call.k_shared_at[0] + slot(s + j) * call.k_shared_at[1], lines + static_cast<size_t>(j) * words);
-      for (int w = 0; w < words; w += 16) {
-        Bytes64 line[16];
-        each<16>([&](auto j) GLM5_INLINE { line[j] = load64(lines + static_cast<size_t>(j) * words + w); });
-        transpose_words(line, band.keys + static_cast<size_t>(w) * kKeys + s, 4 * kKeys);
-      }
-    }
-    for (int s = 0; s < kKeys; s += 2) {
-      const auto row = [&](int i) { return v + item.row * call.v_at[0] + slot(i) * call.v_at[1] + kv_head * call.v_at[2]; };
-      uint32_t* to = band.values + static_cast<size_t>(s / 2) * value;
-      if (s >= here) std::memset(to, 0, 4 * static_cast<size_t>(value));  // no weight: but nothing that is not finite either
-      else for (int c = 0; c < value; c += 16) store64(to + c, pair16(row(s) + c, row(s + 1) + c));
-    }
-  };
-  walk_band(call, item, band, take, [&](int i, int last, const uint8_t* mask, float& top, float& total) {
-    uint64_t seen = last == 64 ? ~0ull : (1ull << last) - 1;
-    if (mask) seen &= nonzero_bytes(mask, last);
-    return fold_pairs<kKeys / 16>(band.scores + i * kKeys, call.scale, seen, reinterpret_cast<uint16_t*>(band.weights + i * kKeys / 2), top, total);
-  });
-}
-
-inline void attend_prompt_by_pairs(const PromptCall& call) {
-  if (!call.bf16 || (call.shared && !call.shared_bf16)) return avx512::functions.attend_prompt(call);
-  each_band(call, [&](const PromptItem& item) { prompt_pairs(call, item); });
-}
-
-// ---------------------------------------------------------------- absorbed MLA
+// ---------------------------------------------------------------- heads over cached rows
 
 // scores[h][s] = q[h] . row s for four heads and four rows; `width` in bf16, q padded with zeros to whole vectors.
 GLM5_INLINE inline void score_pairs(const uint16_t* const (&q)[4], const uint16_t* const (&rows)[4], int width, float* sums) {
@@ -154,11 +87,11 @@ GLM5_INLINE inline void mix_pairs(const uint32_t* weights, int count, const floa
   });
 }
 
-inline void attend_heads_by_pairs(const AttendCall& call, int t, int heads, const float* q, float* mixed) {
-  if (!call.cache_bf16) return avx512::functions.attend_heads(call, t, heads, q, mixed);
-  const int width = call.latent + call.rotary, padded = (width + 31) / 32 * 32, latent = call.latent, count = call.counts[t];
-  const int32_t* slots = call.slots ? call.slots + static_cast<size_t>(t) * call.max_slots : nullptr;
-  const auto* cache = reinterpret_cast<const uint16_t*>(static_cast<const char*>(call.cache) + call.cache_rows[t] * call.cache_row_bytes);
+inline void attend_heads_by_pairs(const CachedRows& cache, const SeenSlots& seen, float scale, int t, int kv_head, int heads, const float* q, float* mixed) {
+  const int width = cache.key_width, value = cache.value_width;
+  if (!cache.bf16 || width % 16 || value % 16) return avx512::functions.attend_heads(cache, seen, scale, t, kv_head, heads, q, mixed);
+  const RowsOf from = rows_of(cache, seen, t, kv_head);
+  const int padded = (width + 31) / 32 * 32;
   static thread_local std::vector<float> float_store;
   static thread_local std::vector<uint32_t> word_store;
   float* scores = scratch(float_store, static_cast<size_t>(heads) * (kPairSlots + 3));
@@ -171,15 +104,18 @@ inline void attend_heads_by_pairs(const AttendCall& call, int t, int heads, cons
     std::memset(mine + width, 0, 2 * static_cast<size_t>(padded - width));
     top[h] = -INFINITY, total[h] = 0;
   }
-  std::memset(mixed, 0, 4 * static_cast<size_t>(heads) * latent);
-  for (int s0 = 0; s0 < count; s0 += kPairSlots) {
-    const int here = std::min(kPairSlots, count - s0);
-    const auto row_of_slot = [&](int s) { return cache + static_cast<size_t>(slots ? slots[s] : s) * width; };
+  std::memset(mixed, 0, 4 * static_cast<size_t>(heads) * value);
+  for (int s0 = 0; s0 < from.count; s0 += kPairSlots) {
+    const int here = std::min(kPairSlots, from.count - s0);
+    const auto key_row = [&](int s) { return reinterpret_cast<const uint16_t*>(from.key(s)); };
     // Chosen slots lie far apart in a long cache: no machine foresees the next one.
-    for (int s = s0 + kPairSlots; s < std::min(count, s0 + 2 * kPairSlots); s++)
-      for (int k = 0; k < width; k += 32) __builtin_prefetch(row_of_slot(s) + k, 0, 2);
-    const uint16_t* rows[kPairSlots];
-    for (int s = 0; s < kPairSlots; s++) rows[s] = row_of_slot(s0 + std::min(s, here - 1));
+    for (int s = s0 + kPairSlots; s < std::min(from.count, s0 + 2 * kPairSlots); s++)
+      for (int k = 0; k < width; k += 32) __builtin_prefetch(key_row(s) + k, 0, 2);
+    const uint16_t *rows[kPairSlots], *values[kPairSlots];
+    for (int s = 0; s < kPairSlots; s++) {
+      const int at = s0 + std::min(s, here - 1);
+      rows[s] = key_row(at), values[s] = reinterpret_cast<const uint16_t*>(from.value(at));
+    }
     for (int h = 0; h < heads; h += 4) {
       const uint16_t* some[4];
       for (int i = 0; i < 4; i++) some[i] = queries + static_cast<size_t>(std::min(h + i, heads - 1)) * padded;
@@ -190,32 +126,32 @@ inline void attend_heads_by_pairs(const AttendCall& call, int t, int heads, cons
         for (int i = 0; i < std::min(4, heads - h); i++) std::memcpy(scores + (h + i) * kPairSlots + s, sums + 4 * i, 16);
       }
     }
-    const uint64_t seen = (1ull << here) - 1;
+    const uint64_t counted = (1ull << here) - 1;
     for (int h = 0; h < heads; h++) {
       float* line = scores + h * kPairSlots;
       for (int s = (here + 3) / 4 * 4; s < kPairSlots; s++) line[s] = 0;
-      keep[h] = fold_pairs<kPairSlots / 16>(line, call.scale, seen, reinterpret_cast<uint16_t*>(weights + h * kPairSlots / 2), top[h], total[h]);
+      keep[h] = fold_pairs<kPairSlots / 16>(line, scale, counted, reinterpret_cast<uint16_t*>(weights + h * kPairSlots / 2), top[h], total[h]);
     }
     // Rows without a weight repeat a row that has one: nothing that is not finite comes in by them.
     int c = 0;
     Bytes64 pairs[4 * kPairSlots / 2];
-    for (; c + 64 <= latent; c += 64) {
+    for (; c + 64 <= value; c += 64) {
       for (int s = 0; s < kPairSlots / 2; s++)
         for (int half = 0; half < 2; half++)
-          pair32(rows[2 * s] + c + 32 * half, rows[2 * s + 1] + c + 32 * half, pairs[4 * s + 2 * half], pairs[4 * s + 2 * half + 1]);
+          pair32(values[2 * s] + c + 32 * half, values[2 * s + 1] + c + 32 * half, pairs[4 * s + 2 * half], pairs[4 * s + 2 * half + 1]);
       for (int h = 0; h < heads; h += 4)
-        mix_pairs<4>(weights + h * kPairSlots / 2, std::min(4, heads - h), keep + h, pairs, mixed + static_cast<size_t>(h) * latent + c, static_cast<size_t>(latent));
+        mix_pairs<4>(weights + h * kPairSlots / 2, std::min(4, heads - h), keep + h, pairs, mixed + static_cast<size_t>(h) * value + c, static_cast<size_t>(value));
     }
-    for (; c < latent; c += 16) {
-      for (int s = 0; s < kPairSlots / 2; s++) pairs[s] = pair16(rows[2 * s] + c, rows[2 * s + 1] + c);
+    for (; c < value; c += 16) {
+      for (int s = 0; s < kPairSlots / 2; s++) pairs[s] = pair16(values[2 * s] + c, values[2 * s + 1] + c);
       for (int h = 0; h < heads; h += 4)
-        mix_pairs<1>(weights + h * kPairSlots / 2, std::min(4, heads - h), keep + h, pairs, mixed + static_cast<size_t>(h) * latent + c, static_cast<size_t>(latent));
+        mix_pairs<1>(weights + h * kPairSlots / 2, std::min(4, heads - h), keep + h, pairs, mixed + static_cast<size_t>(h) * value + c, static_cast<size_t>(value));
     }
   }
   for (int h = 0; h < heads; h++) {
-    float* mine = mixed + static_cast<size_t>(h) * latent;
+    float* mine = mixed + static_cast<size_t>(h) * value;
     const F32x16 factor = set16(total[h] > 0 ? 1.0f / total[h] : 0.0f);
-    for (int c = 0; c < latent; c += 16) store16(mine + c, load16(mine + c) * factor);
+    for (int c = 0; c < value; c += 16) store16(mine + c, load16(mine + c) * factor);
   }
 }
 
@@ -236,7 +172,7 @@ struct PairScores {
 };
 
 inline void select_by_pairs(const SelectCall& call) {
-  if (!call.bf16_cache) return avx512::functions.select(call);
+  if (!call.bf16_cache || call.width % 2) return avx512::functions.select(call);
   select_by<PairScores>(call);
 }
 

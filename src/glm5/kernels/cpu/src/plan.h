@@ -38,21 +38,35 @@ struct NormCall {
 
 struct Expert {
   Matrix gate, up, down;
+  bool is_here() const { return gate.data != nullptr; }
+};
+
+// A table of slots: expert e is what stands at place e now, or nothing (it is not in memory).
+struct ExpertBank {
+  int hidden = 0;
+  std::vector<Expert> experts;
+};
+
+// Norm weights, biases: floats where their owner keeps them, so that a change of them is seen.
+struct Vector {
+  const void* data = nullptr;  // null = none
+  Codes type = Codes::f32;     // bf16, f16 or f32
+  int size = 0;
 };
 
 struct Router {
   Matrix weight;
-  std::vector<float> bias;
+  Vector bias;
   int experts = 0, topk = 0, groups = 1, topk_groups = 1;
   bool normalize = true;
   float factor = 1;
 };
 
-// A dense layer is one with a shared expert only.
+// Routed experts with or without their router, a shared expert beside them; a dense layer is a shared expert only.
 struct MoeLayer {
   int hidden = 0;
   Router router;
-  std::vector<Expert> experts;
+  const ExpertBank* bank = nullptr;
   bool has_shared = false;
   Expert shared;
 };
@@ -69,24 +83,51 @@ struct MoeCall {
   bool exact = false;
   const int* ids = nullptr;  // [count, topk]; null = ask the router
   const float* weights = nullptr;
-  int* chosen_ids = nullptr;  // where to tell what the router chose
+  int topk = 0;                    // of ids; without them the router's
+  int* chosen_ids = nullptr;       // where to tell what the router chose, [count, topk], null = nowhere
+  float* chosen_weights = nullptr;
+  float* scores = nullptr;         // [count, experts]
 };
 
-// Absorbed MLA attention of `count` queries; each has its row of the cache and its slots.
+// What attention reads: row s of batch row b at keys + b * key_row_bytes + s * key_stride values. MLA: keys and values
+// are the same memory, of which the values are the first columns.
+struct CachedRows {
+  const void *keys = nullptr, *values = nullptr;
+  bool bf16 = false;
+  int key_width = 0, value_width = 0;          // of one key/value head
+  size_t key_stride = 0, value_stride = 0;     // values from a slot to the next
+  size_t key_row_bytes = 0, value_row_bytes = 0;
+};
+
+// Which slots each query sees, in rising order.
+struct SeenSlots {
+  const int32_t* rows = nullptr;    // [count]: its row of the cache
+  const int32_t* slots = nullptr;   // [count, room]; null = 0, 1, 2, ...
+  const int32_t* counts = nullptr;  // [count]: how many of them
+  int room = 0;
+};
+
+// Absorbed MLA attention of `count` queries.
 struct AttendCall {
   const Matrix* kv_b = nullptr;  // [heads * (nope + value), latent]
   const void* q = nullptr;       // [count, heads, nope + rotary], not yet rotated
   const float* turns = nullptr;  // [count, rotary / 2] of cos, sin
-  const void* cache = nullptr;   // [rows, capacity, latent + rotary]
   void* out = nullptr;           // [count, heads, value]
-  bool bf16 = false, cache_bf16 = false;  // q and out; cache
-  bool exact = false;                     // W_UV meets unrounded activations
+  bool bf16 = false;             // q and out
+  bool exact = false;            // W_UV meets unrounded activations
   int count = 0, heads = 0, nope = 0, rotary = 0, latent = 0, value = 0;
-  size_t cache_row_bytes = 0;
-  const int32_t* cache_rows = nullptr;  // [count]
-  const int32_t* slots = nullptr;       // [count, max_slots] rising; null = 0, 1, 2, ...
-  const int32_t* counts = nullptr;      // [count]: how many slots count
-  int max_slots = 0;
+  CachedRows cache;
+  SeenSlots seen;
+  float scale = 1;
+};
+
+// Grouped-query attention of `count` queries.
+struct GroupedCall {
+  const float* q = nullptr;  // [count, heads, key_width], rotated
+  float* out = nullptr;      // [count, heads, value_width]
+  int count = 0, heads = 0, kv_heads = 0;
+  CachedRows cache;
+  SeenSlots seen;
   float scale = 1;
 };
 
@@ -100,51 +141,44 @@ struct SelectCall {
   int count = 0, heads = 0, width = 0, rotary = 0, keys = 0, topk = 0;
   size_t cache_row_bytes = 0;
   const int32_t* cache_rows = nullptr;
-  const uint8_t* visible = nullptr;  // [count, keys]; null = every key
+  const int32_t* limits = nullptr;   // [count]: a query sees the first so many keys; null = all
+  const uint8_t* visible = nullptr;  // [count, keys] of those; null = every key
   int32_t* slots = nullptr;          // [count, topk]
   int32_t* counts = nullptr;         // [count]
 };
 
-// Attention of a prompt: every head has keys and values. A head's query and key are its own part,
-// then a part whose key all heads share. Offsets in elements: batch row, token, head.
-struct PromptCall {
-  const void *q_own = nullptr, *q_shared = nullptr, *k_own = nullptr, *k_shared = nullptr, *v = nullptr;
-  size_t q_own_at[3] = {}, q_shared_at[3] = {}, k_own_at[3] = {}, k_shared_at[2] = {}, v_at[3] = {};
-  void* out = nullptr;                    // [batch, queries, heads, value]
-  bool bf16 = false, shared_bf16 = false;  // all but k_shared; k_shared
-  int batch = 0, queries = 0, keys = 0, heads = 0, kv_heads = 0, own = 0, shared = 0, value = 0;  // widths in 16s
-  bool causal = false;               // the queries are the last of the keys
-  const uint8_t* visible = nullptr;  // [batch or 1, queries, keys]; null = all, or causal
-  size_t visible_at = 0;             // 0 = one for all rows
-  float scale = 1;
-};
-
-// A decoder layer with MLA; norms in fp32. `down` gives the query latent, or without q_norm the query.
+// A decoder layer; norms in fp32. With MLA `q_in` gives the query latent, or without q_norm the query; with GQA the query,
+// `kv_in` the keys and `v` the values, and q_norm and kv_norm are those of a head.
 struct DecoderLayer {
-  Matrix down, q_b, kv_a, kv_b, o, index_q, index_k, index_weights;
-  std::vector<float> input_norm, post_norm, q_norm, kv_norm, index_norm, index_norm_bias;
-  std::vector<float> down_bias, kv_a_bias, o_bias;  // empty = none
-  float eps = 0, latent_eps = 0, index_eps = 0, scale = 1;
-  int hidden = 0, heads = 0, nope = 0, rotary = 0, latent = 0, value = 0;
+  bool grouped = false;
+  Matrix q_in, q_b, kv_in, kv_b, v, o, index_q, index_k, index_weights;
+  Vector input_norm, post_norm, q_norm, kv_norm, index_norm, index_norm_bias;
+  Vector q_bias, kv_bias, v_bias, o_bias;
+  float eps = 0, head_eps = 0, index_eps = 0, scale = 1;
+  int hidden = 0, heads = 0, kv_heads = 1, nope = 0, rotary = 0, latent = 0, value = 0;  // GQA: nope is what is not rotated
   int index_heads = 0, index_width = 0, topk = 0;  // no heads: the layer has no indexer
-  const MoeLayer* feed = nullptr;
+  const MoeLayer* feed = nullptr;                  // null: the call ends after attention
 };
 
 // `queries` new tokens of each of `batch` rows, the last of `keys`; their cache rows are written.
 struct LayerCall {
-  const DecoderLayer* layer = nullptr;
   const void* x = nullptr;  // [batch, queries, hidden]
-  void* out = nullptr;
-  bool bf16 = false, cache_bf16 = false, causal = false;
+  void* out = nullptr;      // the same; fp32 where the call ends after attention
+  bool bf16 = false, cache_bf16 = false;
+  bool exact = false;   // integer weights meet unrounded activations
+  bool causal = false;  // no token sees a later one of this call; without a mask it sees every earlier one
   int batch = 0, queries = 0, keys = 0;
   const float* turns = nullptr;  // [batch, queries, rotary / 2] of cos, sin
-  void *latents = nullptr, *index_keys = nullptr;  // [batch, capacity, ..]
-  size_t latents_row_bytes = 0, index_row_bytes = 0;
+  void *latents = nullptr, *values = nullptr, *index_keys = nullptr;  // [batch, capacity, ..]; GQA: latents are keys
+  size_t latents_row_bytes = 0, values_row_bytes = 0, index_row_bytes = 0;
   const uint8_t* visible = nullptr;  // [batch or 1, queries, keys]; null = all, or causal
   size_t visible_at = 0;             // 0 = one for all rows
   const int32_t *slots = nullptr, *counts = nullptr;  // chosen by an earlier layer
-  int max_slots = 0;
+  int room = 0;                                       // slots of a query
   int32_t *chosen_slots = nullptr, *chosen_counts = nullptr;  // [n, topk], [n]: what this layer chose
+  int* expert_ids = nullptr;        // what the router chose, as in MoeCall
+  float* expert_weights = nullptr;
+  float* expert_scores = nullptr;
 };
 
 struct RoundCall {
@@ -164,11 +198,12 @@ struct Table {
   void (*linear)(const LinearCall&);
   void (*norm_rows)(const NormCall&);
   void (*moe)(const MoeCall&);
+  void (*route)(const MoeCall&);  // the router alone: fills chosen_ids, chosen_weights and scores
   void (*attend)(const AttendCall&);
-  void (*attend_heads)(const AttendCall&, int t, int heads, const float* q, float* mixed);
-  void (*attend_prompt)(const PromptCall&);
+  void (*attend_heads)(const CachedRows&, const SeenSlots&, float scale, int t, int kv_head, int heads, const float* q, float* mixed);
+  void (*attend_grouped)(const GroupedCall&);
   void (*select)(const SelectCall&);
-  void (*decode_layer)(const LayerCall&);
+  void (*decode_layer)(const DecoderLayer&, const LayerCall&);
   void (*round_weights)(const RoundCall&);
   uint64_t (*read_all)(const uint8_t* data, size_t bytes, int streams);
   double (*spin_products)(int rounds);

@@ -505,44 +505,71 @@ inline F32x16 last_weights(const Matrix& m, const uint8_t* row, int r, int k) {
   return load16(values);
 }
 
-// to += sum_r factors[r] * row r, for R rows of weights from `row` on, in that order.
-template <Codes C, int R>
-void add_weight_rows_of(const Matrix& m, int row, const float* factors, float* to) {
+// Rows of factors and of sums for a product from the other side: `count` of each, ldf and ldt floats apart.
+struct RowSums {
+  const float* factors;
+  size_t ldf;
+  float* to;
+  size_t ldt;
+  int count;
+  RowSums from(int t, int r) const { return {factors + static_cast<size_t>(t) * ldf + r, ldf, to + static_cast<size_t>(t) * ldt, ldt, count - t}; }
+};
+
+// to[t] += sum_r factors[t][r] * row r for T sums and R rows of weights from `row` on, rows in rising order.
+template <Codes C, int R, int T>
+void add_weight_rows_of(const Matrix& m, int row, const RowSums& sums) {
   const uint8_t* from[R];
   for (int r = 0; r < R; r++) from[r] = m.data + static_cast<size_t>(row + r) * m.row_bytes();
   for (size_t at = 0; at < R * m.row_bytes(); at += 64) fetch_near(from[0] + at + kNear), fetch_far(from[0] + at + kFar);
+  const auto add = [&](int k, const F32x16 (&weights)[R], int count) GLM5_INLINE {
+    each<T>([&](auto t) GLM5_INLINE {
+      float* to = sums.to + t * sums.ldt + static_cast<size_t>(k);
+      const float* factors = sums.factors + t * sums.ldf;
+      F32x16 sum = count == 16 ? load16(to) : load16(to, count);
+      each<R>([&](auto r) GLM5_INLINE { sum = fma(set16(factors[r]), weights[r], sum); });
+      if (count == 16) store16(to, sum);
+      else store16(to, sum, count);
+    });
+  };
   int k = 0;
   const bool whole = whole_groups(m);
   GroupScales<C, R> scales;
+  F32x16 weights[R];
   for (; k + 16 <= m.cols; k += 16) {
     if (whole) scales.at(m, row, k);
-    F32x16 sum = load16(to + k);
-    each<R>([&](auto r) GLM5_INLINE { sum = fma(set16(factors[r]), scaled_weights16<C>(m, from[r], row + r, k, whole, scales.scale[r]), sum); });
-    store16(to + k, sum);
+    each<R>([&](auto r) GLM5_INLINE { weights[r] = scaled_weights16<C>(m, from[r], row + r, k, whole, scales.scale[r]); });
+    add(k, weights, 16);
   }
-  if (const int count = m.cols - k) {
-    F32x16 sum = load16(to + k, count);
-    each<R>([&](auto r) GLM5_INLINE { sum = fma(set16(factors[r]), last_weights<C>(m, from[r], row + r, k), sum); });
-    store16(to + k, sum, count);
+  if (k < m.cols) {
+    each<R>([&](auto r) GLM5_INLINE { weights[r] = last_weights<C>(m, from[r], row + r, k); });
+    add(k, weights, m.cols - k);
   }
+}
+
+template <Codes C, int T>
+void add_all_rows_of(const Matrix& m, int row, int rows, const RowSums& sums) {
+  int r = 0;
+  for (; r + kAddRows <= rows; r += kAddRows) add_weight_rows_of<C, kAddRows, T>(m, row + r, sums.from(0, r));
+  for (; r < rows; r++) add_weight_rows_of<C, 1, T>(m, row + r, sums.from(0, r));
 }
 
 template <Codes C>
-void add_all_rows_of(const Matrix& m, int row, int rows, const float* factors, float* to) {
-  int r = 0;
-  for (; r + kAddRows <= rows; r += kAddRows) add_weight_rows_of<C, kAddRows>(m, row + r, factors + r, to);
-  for (; r < rows; r++) add_weight_rows_of<C, 1>(m, row + r, factors + r, to);
+void add_rows_to_all(const Matrix& m, int row, int rows, const RowSums& sums) {
+  constexpr int kTogether = 4;
+  int t = 0;
+  for (; t + kTogether <= sums.count; t += kTogether) add_all_rows_of<C, kTogether>(m, row, rows, sums.from(t, 0));
+  for (; t < sums.count; t++) add_all_rows_of<C, 1>(m, row, rows, sums.from(t, 0));
 }
 
 // to += factors x W over rows [row, row + rows): the product from the other side.
-inline void add_weight_rows(const Matrix& m, int row, int rows, const float* factors, float* to) {
+inline void add_weight_rows(const Matrix& m, int row, int rows, const RowSums& sums) {
   switch (m.codes) {
-    case Codes::bf16: return add_all_rows_of<Codes::bf16>(m, row, rows, factors, to);
-    case Codes::f16: return add_all_rows_of<Codes::f16>(m, row, rows, factors, to);
-    case Codes::f32: return add_all_rows_of<Codes::f32>(m, row, rows, factors, to);
-    case Codes::e4m3: return add_all_rows_of<Codes::e4m3>(m, row, rows, factors, to);
-    case Codes::int4: return add_all_rows_of<Codes::int4>(m, row, rows, factors, to);
-    case Codes::int8: return add_all_rows_of<Codes::int8>(m, row, rows, factors, to);
+    case Codes::bf16: return add_rows_to_all<Codes::bf16>(m, row, rows, sums);
+    case Codes::f16: return add_rows_to_all<Codes::f16>(m, row, rows, sums);
+    case Codes::f32: return add_rows_to_all<Codes::f32>(m, row, rows, sums);
+    case Codes::e4m3: return add_rows_to_all<Codes::e4m3>(m, row, rows, sums);
+    case Codes::int4: return add_rows_to_all<Codes::int4>(m, row, rows, sums);
+    case Codes::int8: return add_rows_to_all<Codes::int8>(m, row, rows, sums);
   }
 }
 

@@ -17,7 +17,7 @@ SCALAR = ((), (1,), (1, 1))
 
 
 @dataclass(frozen=True)
-class Stored:
+class Parts:
     """What the headers say of the tensors `module.SUFFIX`."""
 
     index: ShardIndex

@@ -1,0 +1,1 @@
+"""What a model takes: bytes of weights, of caches and of work, counted in one place from headers."""
