@@ -19,7 +19,9 @@ import torch
 from glm5_slice import GIGA, benchmark_arguments, filled_cache, llama_rates, random_slice, step_bytes
 
 from glm5.kernels import _cpu, cpu
-from glm5.layers.packed import PackedExperts, PackedMixture
+from glm5.layers.packed import PackedExperts
+from glm5.model.routing import Routing
+from glm5.model.step import Probe
 from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.cache import Cache
 
@@ -98,7 +100,6 @@ class Step:
 def whole_step(model: GlmForCausalLM, context: int, repeats: int) -> Step:
     """Decoding of TOKENS random tokens in a row, the mean of each run."""
     cache = filled_cache(model, context, TOKENS)
-    mixtures = {i: m.mlp for i, m in enumerate(model.model.layers) if isinstance(m.mlp, PackedMixture)}
     seconds, reads, sizes, seen = [], [], [], set()
     for repeat in range(repeats + 2):
         random = torch.Generator().manual_seed(repeat)
@@ -110,27 +111,31 @@ def whole_step(model: GlmForCausalLM, context: int, repeats: int) -> Step:
             model(token, cache=cache, logits_to_keep=1)
         seconds.append((time.perf_counter() - started) / TOKENS)
         chosen = {}
-        for index, ids in experts_of(model, tokens[0], cache, context, mixtures).items():
+        for index, ids in experts_of(model, tokens[0], cache, context).items():
             chosen[index] = len(set(ids))
             seen |= {(index, expert) for expert in ids}
         sizes.append(step_bytes(model, chosen, context))
-    return Step(seconds[2:], reads[2:], statistics.median(sizes[2:]), len(seen) / max(1, len(mixtures)))
+    return Step(seconds[2:], reads[2:], statistics.median(sizes[2:]), len(seen) / max(1, model.config.num_sparse_layers))
+
+
+class Chosen(Probe):
+    """Notes which experts each layer's router chooses."""
+
+    def __init__(self) -> None:
+        self.ids: dict[int, list[int]] = {}
+
+    def routing(self, layer: int, routing: Routing) -> None:
+        self.ids[layer] = routing.topk_ids_TK.flatten().tolist()
 
 
 def experts_of(
-    model: GlmForCausalLM, token: torch.Tensor, cache: Cache, context: int, mixtures: dict[int, PackedMixture]
+    model: GlmForCausalLM, token: torch.Tensor, cache: Cache, context: int
 ) -> dict[int, list[int]]:
     """Which experts each layer's router chooses for this token (a second, untimed pass)."""
-    for mixture in mixtures.values():
-        mixture.record_routing = True
     cache.truncate(context)
-    model(token, cache=cache, logits_to_keep=1)
-    found = {}
-    for index, mixture in mixtures.items():
-        assert mixture.last_routing is not None
-        found[index] = mixture.last_routing.topk_ids_TK.flatten().tolist()
-        mixture.record_routing = False
-    return found
+    chosen = Chosen()
+    model(token, cache=cache, probe=chosen, logits_to_keep=1)
+    return chosen.ids
 
 
 def context_curve(

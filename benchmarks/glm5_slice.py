@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from glm5.checkpoint.reading import materialize
 from glm5.config import ModelConfig
-from glm5.layers.packed import PackedExperts, PackedLinear, PackedMixture
-from glm5.layers.swap import pack_modules, place_modules
+from glm5.layers.packed import PackedExperts, PackedLinear
+from glm5.layers.swap import materialize, swap
 from glm5.model.transformer import GlmForCausalLM
 from glm5.quantize import Recipe
 from glm5.runtime.cache import Cache
@@ -44,16 +43,16 @@ def slice_config(moe_layers: int) -> ModelConfig:
     )
 
 
-def random_slice(moe_layers: int, seed: int = 0) -> GlmForCausalLM:
+def random_slice(
+    moe_layers: int, seed: int = 0, device: torch.device = torch.device("cpu")
+) -> GlmForCausalLM:
     """The slice in bf16 and packed int4, group 64."""
     config = slice_config(moe_layers)
     torch.manual_seed(seed)
     with torch.device("meta"):
         model = GlmForCausalLM(config)
-    pack_modules(model, Recipe().scheme_of)
-    cpu = torch.device("cpu")
-    materialize(model, torch.bfloat16, cpu)
-    place_modules(model, cpu)
+    swap(model, device, Recipe().scheme_of)
+    materialize(model, torch.bfloat16, device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight") or "layernorm" in name:
@@ -77,9 +76,6 @@ def random_slice(moe_layers: int, seed: int = 0) -> GlmForCausalLM:
                 # Codes average -1/2: with scales of one sign attention's layers would add that up over all
                 # columns, and every token would look alike to the router.
                 module.scales.copy_((torch.rand(module.scales.shape) < 0.5) * 0.008 - 0.004)
-            elif isinstance(module, PackedMixture):
-                module.gate.e_score_correction_bias.zero_()
-                module.gate.e_score_correction_bias = module.gate.e_score_correction_bias.float()
     return model.eval()
 
 

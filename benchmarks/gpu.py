@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--quick] [--moe-layers N]
 
 Ceilings first: reading memory, bf16 products. Then the experts of a layer for 1 and 512 tokens (the
-limit is whichever ceiling binds) and a decode step at 2K of context, recorded as a CUDA graph and as
+limit is whichever ceiling binds) and a decode step at 2K of context, as
 plain calls. `transformers` runs the same sizes in bf16 where they fit. Without a GPU: one line, and a
 JSON of nulls. The last line is JSON: expert_share_1, expert_share_512, step_share, vs_transformers.
 """
@@ -24,11 +24,10 @@ from torch import Tensor
 from glm5.kernels import cuda
 from glm5.layers.packed import PackedExperts
 from glm5.model.transformer import GlmForCausalLM
-from glm5.runtime.cuda_graph import GraphedStep
 
 CONTEXT = 2048
 FIGURES = ("memory_read_gb_s", "bf16_tflop_s", "expert_share_1", "expert_share_512", "step_share",
-           "tokens_per_second", "tokens_per_second_plain", "vs_transformers")  # fmt: skip
+           "tokens_per_second", "vs_transformers")  # fmt: skip
 
 
 def main() -> None:
@@ -47,7 +46,7 @@ def main() -> None:
     device = torch.device("cuda")
     with torch.inference_mode():
         read, products = read_rate(device, repeats), product_rate(device, repeats)
-        model = random_slice(options.moe_layers).to(device)
+        model = random_slice(options.moe_layers, device=device)
         bank = next(module for module in model.modules() if isinstance(module, PackedExperts))
         experts = [Experts(bank, tokens, read, products, repeats) for tokens in (1, 512)]
         step = Step(model, read, repeats)
@@ -125,11 +124,11 @@ class Experts:
 
     @staticmethod
     def _work(bank: PackedExperts, x: Tensor, ids: Tensor, weights: Tensor) -> Callable[[], object]:
-        return lambda: cuda.experts(x, ids, weights, bank)
+        return lambda: cuda.experts(x, ids, weights, bank.runs)
 
 
 class Step:
-    """One decoded token at 2K of context: seconds of the graph and of plain calls, share of the reads."""
+    """One decoded token at 2K of context: seconds, share of the reads."""
 
     def __init__(self, model: GlmForCausalLM, read: float, repeats: int) -> None:
         config = model.config
@@ -140,15 +139,7 @@ class Step:
             cache.truncate(CONTEXT)
             model(token, cache=cache, logits_to_keep=1)
 
-        self.plain = seconds_of(plain, repeats)
-        cache.truncate(CONTEXT)
-        step = GraphedStep(model, cache)
-
-        def graphed() -> None:
-            cache.truncate(CONTEXT)
-            step(torch.randint(0, config.vocab_size, (1, 1)))
-
-        self.seconds = seconds_of(graphed, 4 * repeats)
+        self.seconds = seconds_of(plain, repeats)
         chosen = dict.fromkeys(range(config.num_hidden_layers), config.num_experts_per_tok)
         self.bytes = step_bytes(model, chosen, CONTEXT)
         self.share = self.bytes / self.seconds / GIGA / read
@@ -203,13 +194,13 @@ def report(read: float, products: float, experts: list[Experts], step: Step, the
         )
     print(
         f"decode step at 2K   {step.seconds * 1e6:8.0f} us {step.bytes / step.seconds / GIGA:7.0f} GB/s "
-        f"{step.share:5.0%} of memory; {ours:.0f} tokens/s, {1 / step.plain:.0f} without the graph"
+        f"{step.share:5.0%} of memory; {ours:.0f} tokens/s"
     )
     if theirs is not None:
         print(f"transformers, bf16  {theirs:.0f} tokens/s: ours is {ours / theirs:.2f} times it")
     values = (
         round(read, 1), round(products, 1), round(experts[0].share, 3), round(experts[1].share, 3),
-        round(step.share, 3), round(ours, 1), round(1 / step.plain, 1),
+        round(step.share, 3), round(ours, 1),
         None if theirs is None else round(ours / theirs, 2),
     )  # fmt: skip
     print(json.dumps({"gpu": name, **dict(zip(FIGURES, values, strict=True))}))

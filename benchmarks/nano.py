@@ -32,7 +32,7 @@ from torch import Tensor
 import glm5
 from glm5.checkpoint import save_model
 from glm5.config import ModelConfig
-from glm5.model.masks import TokenPositions, visibility
+from glm5.model.masks import TokenPositions
 from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.language_model import LanguageModel
 from glm5.runtime.memory import keep_freed_memory
@@ -229,13 +229,12 @@ def train_ours(model: GlmForCausalLM, precision: str) -> Work:
     ids = random_ids(model.config, TRAIN_ROWS, TRAIN_LENGTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     targets = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), dim=1)
-    places = TokenPositions(torch.arange(TRAIN_LENGTH).expand_as(ids))
-    visible = visibility(places, places)
+    step = model.step(TokenPositions(torch.arange(TRAIN_LENGTH).expand_as(ids)))
 
     def work() -> int:
         model.train()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            hidden = model.model(ids, model.angles(places.positions), visible)
+            hidden = model.model(ids, step)
             loss = linear_cross_entropy(hidden, model.lm_head.weight, targets)
         loss.backward()
         optimizer.step()

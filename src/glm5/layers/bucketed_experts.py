@@ -36,7 +36,7 @@ class BucketedBank(nn.Module):
         return out
 
 
-def is_small(bank: ExpertBank) -> bool:
+def is_small(bank: Any) -> bool:
     """Are these experts multiplied faster in batches than one by one?"""
     return bank.gate_up_proj[0].numel() <= SMALL_EXPERT_WEIGHTS
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from glm5.kernels import cpu
+from glm5.layers.bucketed_experts import BucketedBank, is_small
 from glm5.layers.movable import Movable, runs_natively
 from glm5.model.linear import Linear
 from glm5.model.moe import ExpertBank
@@ -84,4 +85,5 @@ class NativeExperts(Movable):
             layer = self.kept("layer", lambda: cpu.MoeLayer(self.down_proj.shape[1], self.bank))
             out: Tensor = layer(x_TD, routing=(topk_ids_TK, topk_weights_TK))
             return out
-        return ExpertBank.forward(self, x_TD, topk_ids_TK, topk_weights_TK)  # type: ignore[arg-type]
+        forward = BucketedBank.forward if is_small(self) else ExpertBank.forward  # as training swaps them in
+        return forward(self, x_TD, topk_ids_TK, topk_weights_TK)  # type: ignore[arg-type]

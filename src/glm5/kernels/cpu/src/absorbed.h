@@ -10,7 +10,7 @@ namespace GLM5_ISA {
 
 constexpr int kFewQueries = 8;      // so many are read by items of heads, without a stop between the three stages
 constexpr int kAttendQueries = 128;  // otherwise the stages of so many stand in memory at a time
-constexpr int kAbsorbQueries = 16, kProjectQueries = 64;  // that share one reading of a head's W_UK, W_UV
+constexpr int kAbsorbQueries = 64, kProjectQueries = 64;  // that share one reading of a head's W_UK, W_UV
 
 inline int query_line(const AttendCall& call) { return padded16(call.latent + call.rotary); }
 
