@@ -65,11 +65,13 @@ std::vector<float> linear_by(const Table& table, const Weights& w, const std::ve
   return out;
 }
 
-std::vector<float> attend_by(const Table& table, const Weights& kv_b, const std::vector<float>& q, const std::vector<float>& turns,
-                             const std::vector<float>& cache, int count, int heads, int slots) {
+std::vector<float> attend_by(const Table& table, const Weights& kv_b, const std::vector<float>& q,
+                             const std::vector<float>& turns, const std::vector<float>& cache, int count,
+                             int heads, int slots) {
   AttendCall call;
   call.kv_b = &kv_b.matrix, call.q = q.data(), call.turns = turns.data(), call.cache = cache.data();
-  call.count = count, call.heads = heads, call.nope = 24, call.rotary = 16, call.latent = kv_b.matrix.cols, call.value = 40, call.scale = 0.2f;
+  call.count = count, call.heads = heads, call.nope = 24, call.rotary = 16, call.latent = kv_b.matrix.cols,
+  call.value = 40, call.scale = 0.2f;
   std::vector<float> out(static_cast<size_t>(count) * heads * call.value);
   std::vector<int32_t> rows(static_cast<size_t>(count), 0), counts;
   for (int t = 0; t < count; t++) counts.push_back(slots - t);
@@ -79,7 +81,8 @@ std::vector<float> attend_by(const Table& table, const Weights& kv_b, const std:
 }
 
 // `tolerance` of the size of what is wanted; 0 = the same bits.
-void compare(const char* what, int rows, int cols, int count, const std::vector<float>& found, const std::vector<float>& wanted, double tolerance) {
+void compare(const char* what, int rows, int cols, int count, const std::vector<float>& found,
+             const std::vector<float>& wanted, double tolerance) {
   comparisons++;
   double difference = 0, size = 0;
   for (size_t i = 0; i < wanted.size(); i++) {
@@ -88,7 +91,8 @@ void compare(const char* what, int rows, int cols, int count, const std::vector<
   }
   const bool same = std::memcmp(found.data(), wanted.data(), 4 * wanted.size()) == 0;
   if (tolerance == 0 ? same : std::sqrt(difference) <= tolerance * std::sqrt(size)) return;
-  std::printf("%s %dx%d, %d rows: differs by %.2g of %.2g\n", what, rows, cols, count, std::sqrt(difference), std::sqrt(size));
+  std::printf("%s %dx%d, %d rows: differs by %.2g of %.2g\n", what, rows, cols, count, std::sqrt(difference),
+              std::sqrt(size));
   failures++;
 }
 
@@ -106,7 +110,8 @@ std::pair<std::vector<float>, std::vector<float>> by_both(F&& call) {
 int main() {
   set_threads(2);
   if (!use_table("neon")) return std::printf("no NEON dot product here\n"), 2;
-  const std::pair<Codes, const char*> kinds[] = {{Codes::int4, "int4"}, {Codes::int8, "int8"}, {Codes::bf16, "bf16"}};
+  const std::pair<Codes, const char*> kinds[] = {
+      {Codes::int4, "int4"}, {Codes::int8, "int8"}, {Codes::bf16, "bf16"}};
   for (const auto& [codes, name] : kinds)
     for (const int cols : {32, 64, 160, 512, 1024, 1184})
       for (const int rows : {1, 17, 70})
@@ -120,10 +125,13 @@ int main() {
     for (const int slots : {5, 70}) {
       const int heads = 5, count = 3;
       const Weights kv_b = weights(Codes::int4, heads * 64, latent, 64);
-      const auto q = floats(static_cast<size_t>(count) * heads * 40), cache = floats(static_cast<size_t>(slots) * (latent + 16));
+      const auto q = floats(static_cast<size_t>(count) * heads * 40),
+                 cache = floats(static_cast<size_t>(slots) * (latent + 16));
       std::vector<float> turns;
-      for (int i = 0; i < count * 8; i++) turns.push_back(std::cos(0.1f * i)), turns.push_back(std::sin(0.1f * i));
-      const auto [found, wanted] = by_both([&](const Table& set) { return attend_by(set, kv_b, q, turns, cache, count, heads, slots); });
+      for (int i = 0; i < count * 8; i++)
+        turns.push_back(std::cos(0.1f * i)), turns.push_back(std::sin(0.1f * i));
+      const auto [found, wanted] = by_both(
+          [&](const Table& set) { return attend_by(set, kv_b, q, turns, cache, count, heads, slots); });
       // W_UV meets activations rounded to int8: another last bit before may round another way.
       compare("attention over slots", slots, latent, count, found, wanted, 1e-3);
     }

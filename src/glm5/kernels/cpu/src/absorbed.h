@@ -8,7 +8,7 @@
 namespace glm5 {
 namespace GLM5_ISA {
 
-constexpr int kFewQueries = 8;      // so many are read by items of heads, without a stop between the three stages
+constexpr int kFewQueries = 8;  // so many are read by items of heads, without a stop between the three stages
 constexpr int kAttendQueries = 128;  // otherwise the stages of so many stand in memory at a time
 constexpr int kAbsorbQueries = 64, kProjectQueries = 64;  // that share one reading of a head's W_UK, W_UV
 
@@ -27,7 +27,8 @@ inline void absorb_queries(const AttendCall& call, int h, int t0, int count, flo
     std::memset(full, 0, 4 * static_cast<size_t>(query_line(call)));
     std::memcpy(full + call.latent, mine + call.nope, 4 * static_cast<size_t>(call.rotary));
   }
-  add_weight_rows(*call.kv_b, h * (call.nope + call.value), call.nope, {raw, static_cast<size_t>(query), q, ld, count});
+  add_weight_rows(*call.kv_b, h * (call.nope + call.value), call.nope,
+                  {raw, static_cast<size_t>(query), q, ld, count});
 }
 
 // out[t, h] = W_UV[h] mixed[i] for queries [t0, t0 + count), `ld` floats apart.
@@ -47,53 +48,68 @@ inline void project_values(const AttendCall& call, int h, int t0, int count, con
   }
   for (int i = 0; i < count; i++) {
     const size_t at = (static_cast<size_t>(t0 + i) * call.heads + h) * call.value;
-    narrow(out + static_cast<size_t>(i) * line, static_cast<char*>(call.out) + at * (call.bf16 ? 2 : 4), call.bf16, call.value);
+    narrow(out + static_cast<size_t>(i) * line, static_cast<char*>(call.out) + at * (call.bf16 ? 2 : 4),
+           call.bf16, call.value);
   }
 }
 
 inline void attend_few(const AttendCall& call) {
-  const int together = heads_together(call.heads, 1), line = query_line(call), mixed_line = padded16(call.latent);
+  const int together = heads_together(call.heads, 1), line = query_line(call),
+            mixed_line = padded16(call.latent);
   parallel((call.heads + together - 1) / together, [&](int item) {
     const int h0 = item * together, heads = std::min(together, call.heads - h0);
     static thread_local std::vector<float> buffer;
-    const size_t q_size = static_cast<size_t>(heads) * line, mixed_size = static_cast<size_t>(heads) * mixed_line;
+    const size_t q_size = static_cast<size_t>(heads) * line,
+                 mixed_size = static_cast<size_t>(heads) * mixed_line;
     float* q = scratch(buffer, static_cast<size_t>(call.count) * (q_size + mixed_size));
     float* mixed = q + static_cast<size_t>(call.count) * q_size;
-    for (int h = 0; h < heads; h++) absorb_queries(call, h0 + h, 0, call.count, q + static_cast<size_t>(h) * line, q_size);
+    for (int h = 0; h < heads; h++)
+      absorb_queries(call, h0 + h, 0, call.count, q + static_cast<size_t>(h) * line, q_size);
     for (int t = 0; t < call.count; t++)
-      table().attend_heads(call.cache, call.seen, call.scale, t, 0, heads, q + static_cast<size_t>(t) * q_size, mixed + static_cast<size_t>(t) * mixed_size);
-    for (int h = 0; h < heads; h++) project_values(call, h0 + h, 0, call.count, mixed + static_cast<size_t>(h) * mixed_line, mixed_size);
+      table().attend_heads(call.cache, call.seen, call.scale, t, 0, heads,
+                           q + static_cast<size_t>(t) * q_size, mixed + static_cast<size_t>(t) * mixed_size);
+    for (int h = 0; h < heads; h++)
+      project_values(call, h0 + h, 0, call.count, mixed + static_cast<size_t>(h) * mixed_line, mixed_size);
   });
 }
 
 inline void attend_many(const AttendCall& call) {
   const int line = query_line(call), mixed_line = padded16(call.latent);
-  const size_t q_size = static_cast<size_t>(call.heads) * line, mixed_size = static_cast<size_t>(call.heads) * mixed_line;
+  const size_t q_size = static_cast<size_t>(call.heads) * line,
+               mixed_size = static_cast<size_t>(call.heads) * mixed_line;
   static thread_local std::vector<float> q_store, mixed_store;
   const size_t most = static_cast<size_t>(std::min(call.count, kAttendQueries));
   float *q = scratch(q_store, most * q_size), *mixed = scratch(mixed_store, most * mixed_size);
   for (int t0 = 0; t0 < call.count; t0 += kAttendQueries) {
     const int count = std::min(kAttendQueries, call.count - t0);
-    const int absorbs = (count + kAbsorbQueries - 1) / kAbsorbQueries, projects = (count + kProjectQueries - 1) / kProjectQueries;
+    const int absorbs = (count + kAbsorbQueries - 1) / kAbsorbQueries,
+              projects = (count + kProjectQueries - 1) / kProjectQueries;
     parallel(call.heads * absorbs, [&](int item) {
       const int h = item / absorbs, first = item % absorbs * kAbsorbQueries;
-      absorb_queries(call, h, t0 + first, std::min(kAbsorbQueries, count - first), q + static_cast<size_t>(first) * q_size + static_cast<size_t>(h) * line, q_size);
+      absorb_queries(call, h, t0 + first, std::min(kAbsorbQueries, count - first),
+                     q + static_cast<size_t>(first) * q_size + static_cast<size_t>(h) * line, q_size);
     });
     const int together = heads_together(call.heads, count), groups = (call.heads + together - 1) / together;
     parallel(count * groups, [&](int item) {
       const int i = item / groups, h0 = item % groups * together, heads = std::min(together, call.heads - h0);
-      table().attend_heads(call.cache, call.seen, call.scale, t0 + i, 0, heads, q + static_cast<size_t>(i) * q_size + static_cast<size_t>(h0) * line,
-                           mixed + static_cast<size_t>(i) * mixed_size + static_cast<size_t>(h0) * mixed_line);
+      table().attend_heads(
+          call.cache, call.seen, call.scale, t0 + i, 0, heads,
+          q + static_cast<size_t>(i) * q_size + static_cast<size_t>(h0) * line,
+          mixed + static_cast<size_t>(i) * mixed_size + static_cast<size_t>(h0) * mixed_line);
     });
     parallel(call.heads * projects, [&](int item) {
       const int h = item / projects, first = item % projects * kProjectQueries;
-      project_values(call, h, t0 + first, std::min(kProjectQueries, count - first), mixed + static_cast<size_t>(first) * mixed_size + static_cast<size_t>(h) * mixed_line, mixed_size);
+      project_values(call, h, t0 + first, std::min(kProjectQueries, count - first),
+                     mixed + static_cast<size_t>(first) * mixed_size + static_cast<size_t>(h) * mixed_line,
+                     mixed_size);
     });
   }
 }
 
 // out[t, h] = W_UV[h] softmax(q[t, h] . cache) cache. How the queries are shared out changes no bit.
-inline void attend(const AttendCall& call) { call.count < kFewQueries ? attend_few(call) : attend_many(call); }
+inline void attend(const AttendCall& call) {
+  call.count < kFewQueries ? attend_few(call) : attend_many(call);
+}
 
 }  // namespace GLM5_ISA
 }  // namespace glm5

@@ -1,12 +1,13 @@
-// Softmax attention of a query's heads over cached rows: compressed latents of MLA, or keys and values of GQA.
+// Softmax attention of a query's heads over cached rows: compressed latents of MLA, or keys and values of
+// GQA.
 //
 // Softmax is taken online, 16 slots at a time in rising order, beginning with the first slot that the query
 // sees. So a head's result depends on nothing but its query and the rows it sees: not on the other queries,
 // on the batch, or on where in memory the rows lie.
 #pragma once
 
-#include "products.h"
 #include "plan.h"
+#include "products.h"
 #include "threads.h"
 
 namespace glm5 {
@@ -40,7 +41,8 @@ inline void rotate_halves(float* x, const float* turns, int pairs) {
   }
 }
 
-// scores[h][s] = q[h] . rows[s], four heads by four slots: 16 sums in registers, or eight halves of sums at a time.
+// scores[h][s] = q[h] . rows[s], four heads by four slots: 16 sums in registers, or eight halves of sums at a
+// time.
 inline void score_tile(const float* q, int heads, const float* rows, int width, float* scores) {
   const size_t stride = static_cast<size_t>(width);
   for (int h = 0; h < heads; h += 4) {
@@ -74,24 +76,29 @@ inline void score_tile(const float* q, int heads, const float* rows, int width, 
             });
           }
           each<4>([&](auto i) GLM5_INLINE {
-            for (int j = 0; j < 2; j++) (half ? acc[4 * i + pair + j].hi : acc[4 * i + pair + j].lo) = part[i][j];
+            for (int j = 0; j < 2; j++)
+              (half ? acc[4 * i + pair + j].hi : acc[4 * i + pair + j].lo) = part[i][j];
           });
         }
       }
 #endif
       float sums[16];
       store16(sums, sum_sixteen(acc));
-      for (int i = 0; i < std::min(4, heads - h); i++) std::memcpy(scores + (h + i) * kSlots + s, sums + 4 * i, 16);
+      for (int i = 0; i < std::min(4, heads - h); i++)
+        std::memcpy(scores + (h + i) * kSlots + s, sums + 4 * i, 16);
     }
   }
 }
 
 // mixed[h] += sum_s weights[h][s] * rows[s], for `C` vectors of columns of up to four heads.
 template <int C>
-GLM5_INLINE inline void mix_columns(const float* weights, int count, const float* rows, int stride, float* mixed, size_t width) {
+GLM5_INLINE inline void mix_columns(const float* weights, int count, const float* rows, int stride,
+                                    float* mixed, size_t width) {
   F32x16 acc[4][C];
   const auto head = [&](int i) { return std::min(i, count - 1); };
-  each<4>([&](auto i) GLM5_INLINE { each<C>([&](auto c) GLM5_INLINE { acc[i][c] = load16(mixed + head(i) * width + 16 * c); }); });
+  each<4>([&](auto i) GLM5_INLINE {
+    each<C>([&](auto c) GLM5_INLINE { acc[i][c] = load16(mixed + head(i) * width + 16 * c); });
+  });
   for (int s = 0; s < kSlots; s++) {
     F32x16 row[C];
     each<C>([&](auto c) GLM5_INLINE { row[c] = load16(rows + static_cast<size_t>(s) * stride + 16 * c); });
@@ -106,19 +113,23 @@ GLM5_INLINE inline void mix_columns(const float* weights, int count, const float
 }
 
 // The same over the first `width` columns.
-inline void mix_tile(const float* weights, int heads, const float* rows, int stride, int width, float* mixed) {
+inline void mix_tile(const float* weights, int heads, const float* rows, int stride, int width,
+                     float* mixed) {
   for (int h = 0; h < heads; h += 4) {
     const int count = std::min(4, heads - h);
     float* mine = mixed + static_cast<size_t>(h) * width;
     int c = 0;
-    for (; c + 16 * kMixVectors <= width; c += 16 * kMixVectors) mix_columns<kMixVectors>(weights + h * kSlots, count, rows + c, stride, mine + c, static_cast<size_t>(width));
-    for (; c < width; c += 16) mix_columns<1>(weights + h * kSlots, count, rows + c, stride, mine + c, static_cast<size_t>(width));
+    for (; c + 16 * kMixVectors <= width; c += 16 * kMixVectors)
+      mix_columns<kMixVectors>(weights + h * kSlots, count, rows + c, stride, mine + c,
+                               static_cast<size_t>(width));
+    for (; c < width; c += 16)
+      mix_columns<1>(weights + h * kSlots, count, rows + c, stride, mine + c, static_cast<size_t>(width));
   }
 }
 
 // Where the rows of query t lie, for the key/value head `head`.
 struct RowsOf {
-  const char *keys, *values;  // of slot 0
+  const char *keys, *values;      // of slot 0
   size_t key_bytes, value_bytes;  // from a slot to the next
   const int32_t* slots;           // null: 0, 1, 2, ...
   int count;
@@ -128,11 +139,14 @@ struct RowsOf {
 };
 
 inline RowsOf rows_of(const CachedRows& cache, const SeenSlots& seen, int t, int head) {
-  const size_t item = cache.bf16 ? 2 : 4, row = static_cast<size_t>(seen.rows[t]), at = static_cast<size_t>(head);
+  const size_t item = cache.bf16 ? 2 : 4, row = static_cast<size_t>(seen.rows[t]),
+               at = static_cast<size_t>(head);
   RowsOf to;
   to.key_bytes = cache.key_stride * item, to.value_bytes = cache.value_stride * item;
-  to.keys = static_cast<const char*>(cache.keys) + row * cache.key_row_bytes + at * static_cast<size_t>(cache.key_width) * item;
-  to.values = static_cast<const char*>(cache.values) + row * cache.value_row_bytes + at * static_cast<size_t>(cache.value_width) * item;
+  to.keys = static_cast<const char*>(cache.keys) + row * cache.key_row_bytes +
+            at * static_cast<size_t>(cache.key_width) * item;
+  to.values = static_cast<const char*>(cache.values) + row * cache.value_row_bytes +
+              at * static_cast<size_t>(cache.value_width) * item;
   to.slots = seen.slots ? seen.slots + static_cast<size_t>(t) * static_cast<size_t>(seen.room) : nullptr;
   to.count = seen.counts[t];
   return to;
@@ -149,9 +163,10 @@ inline void take_rows(Row&& row, int here, bool bf16, int width, float* to) {
   }
 }
 
-// The scores of 16 slots, of which `here` count, become weights of one head's running softmax. What was mixed before
-// shrinks with them.
-inline void fold_slots(float* line, float scale, int here, float& top, float& total, float* mixed, int width) {
+// The scores of 16 slots, of which `here` count, become weights of one head's running softmax. What was mixed
+// before shrinks with them.
+inline void fold_slots(float* line, float scale, int here, float& top, float& total, float* mixed,
+                       int width) {
   store16(line, load16(line) * set16(scale));
   for (int s = here; s < kSlots; s++) line[s] = -INFINITY;
   const F32x16 values = load16(line);
@@ -169,13 +184,15 @@ inline void fold_slots(float* line, float scale, int here, float& top, float& to
 
 // mixed[h] = softmax(q[h] . keys) values over the slots of query t, for heads that share a key/value head.
 // q: [heads][padded key width], mixed: [heads][padded value width]. A part of `attend` that sets may replace.
-inline void attend_heads(const CachedRows& cache, const SeenSlots& seen, float scale, int t, int kv_head, int heads, const float* q, float* mixed) {
+inline void attend_heads(const CachedRows& cache, const SeenSlots& seen, float scale, int t, int kv_head,
+                         int heads, const float* q, float* mixed) {
   const RowsOf from = rows_of(cache, seen, t, kv_head);
   const int width = padded16(cache.key_width), value_width = padded16(cache.value_width);
   const bool one = cache.keys == cache.values;  // MLA: values are the first columns of the keys
   static thread_local std::vector<float> buffer;
   const size_t keys_size = static_cast<size_t>(kSlots) * width;
-  float* rows = scratch(buffer, keys_size + (one ? 0 : static_cast<size_t>(kSlots) * value_width) + static_cast<size_t>(heads) * (kSlots + 2));
+  float* rows = scratch(buffer, keys_size + (one ? 0 : static_cast<size_t>(kSlots) * value_width) +
+                                    static_cast<size_t>(heads) * (kSlots + 2));
   float* values = one ? rows : rows + keys_size;
   float* scores = (one ? rows + keys_size : values + static_cast<size_t>(kSlots) * value_width);
   float *top = scores + static_cast<size_t>(heads) * kSlots, *total = top + heads;
@@ -185,13 +202,16 @@ inline void attend_heads(const CachedRows& cache, const SeenSlots& seen, float s
     const int here = std::min(kSlots, from.count - s0);
     // Chosen slots lie far apart in a long cache: no machine foresees the next one.
     for (int s = s0 + kSlots; s < std::min(from.count, s0 + 2 * kSlots); s++) {
-      for (size_t i = 0; i < static_cast<size_t>(cache.key_width) * (cache.bf16 ? 2 : 4); i += 64) __builtin_prefetch(from.key(s) + i, 0, 2);
+      for (size_t i = 0; i < static_cast<size_t>(cache.key_width) * (cache.bf16 ? 2 : 4); i += 64)
+        __builtin_prefetch(from.key(s) + i, 0, 2);
     }
     take_rows([&](int s) { return from.key(s0 + s); }, here, cache.bf16, cache.key_width, rows);
-    if (!one) take_rows([&](int s) { return from.value(s0 + s); }, here, cache.bf16, cache.value_width, values);
+    if (!one)
+      take_rows([&](int s) { return from.value(s0 + s); }, here, cache.bf16, cache.value_width, values);
     score_tile(q, heads, rows, width, scores);
     for (int h = 0; h < heads; h++)
-      fold_slots(scores + h * kSlots, scale, here, top[h], total[h], mixed + static_cast<size_t>(h) * value_width, value_width);
+      fold_slots(scores + h * kSlots, scale, here, top[h], total[h],
+                 mixed + static_cast<size_t>(h) * value_width, value_width);
     mix_tile(scores, heads, values, one ? width : value_width, value_width, mixed);
   }
   for (int h = 0; h < heads; h++) {
@@ -201,8 +221,8 @@ inline void attend_heads(const CachedRows& cache, const SeenSlots& seen, float s
   }
 }
 
-// Heads that an item takes: each item reads the cached rows once more, so few large items where few threads share them,
-// and all heads of a key/value head where queries keep the threads busy.
+// Heads that an item takes: each item reads the cached rows once more, so few large items where few threads
+// share them, and all heads of a key/value head where queries keep the threads busy.
 inline int heads_together(int heads, int queries) {
   if (queries >= 4 * threads()) return heads;
   return std::max(1, std::min(16, (heads + 2 * threads() - 1) / (2 * threads())));
@@ -210,10 +230,13 @@ inline int heads_together(int heads, int queries) {
 
 // GQA: out[t, h] = softmax(q[t, h] . keys) values. q: fp32 [count, heads, key width], rotated.
 inline void attend_grouped(const GroupedCall& call) {
-  const int per_kv = call.heads / call.kv_heads, together = heads_together(per_kv, call.count * call.kv_heads);
-  const int groups = (per_kv + together - 1) / together, width = call.cache.key_width, value = call.cache.value_width;
+  const int per_kv = call.heads / call.kv_heads,
+            together = heads_together(per_kv, call.count * call.kv_heads);
+  const int groups = (per_kv + together - 1) / together, width = call.cache.key_width,
+            value = call.cache.value_width;
   parallel(call.count * call.kv_heads * groups, [&](int item) {
-    const int t = item / (call.kv_heads * groups), kv = item / groups % call.kv_heads, h0 = item % groups * together;
+    const int t = item / (call.kv_heads * groups), kv = item / groups % call.kv_heads,
+              h0 = item % groups * together;
     const int heads = std::min(together, per_kv - h0), line = padded16(width), value_line = padded16(value);
     static thread_local std::vector<float> buffer;
     float* q = scratch(buffer, static_cast<size_t>(heads) * (line + value_line));
@@ -224,7 +247,8 @@ inline void attend_grouped(const GroupedCall& call) {
       std::memset(q + h * line + width, 0, 4 * static_cast<size_t>(line - width));
     }
     table().attend_heads(call.cache, call.seen, call.scale, t, kv, heads, q, mixed);
-    for (int h = 0; h < heads; h++) std::memcpy(call.out + (first + h) * value, mixed + h * value_line, 4 * static_cast<size_t>(value));
+    for (int h = 0; h < heads; h++)
+      std::memcpy(call.out + (first + h) * value, mixed + h * value_line, 4 * static_cast<size_t>(value));
   });
 }
 

@@ -53,7 +53,9 @@ inline double spin_products(int rounds) {
         });
         each<kSums>([&](auto i) GLM5_INLINE { acc[i] = add16(acc[i], end_run(run[i])); });
       } else {
-        each<kRun>([&](auto) GLM5_INLINE { each<kSums>([&](auto i) GLM5_INLINE { acc[i] = dot_nibbles(acc[i], a, b); }); });
+        each<kRun>([&](auto) GLM5_INLINE {
+          each<kSums>([&](auto i) GLM5_INLINE { acc[i] = dot_nibbles(acc[i], a, b); });
+        });
       }
     }
     float lanes[16];

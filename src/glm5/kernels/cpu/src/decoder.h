@@ -34,13 +34,15 @@ class Arena {
 
 // The layer's vectors as floats, for one call.
 struct Weights {
-  const float *input_norm, *post_norm, *q_norm, *kv_norm, *index_norm, *index_bias, *q_bias, *kv_bias, *v_bias, *o_bias;
+  const float *input_norm, *post_norm, *q_norm, *kv_norm, *index_norm, *index_bias, *q_bias, *kv_bias,
+      *v_bias, *o_bias;
 
   explicit Weights(const DecoderLayer& layer) {
     static thread_local std::vector<float> store[10];
     input_norm = floats_of(layer.input_norm, store[0]), post_norm = floats_of(layer.post_norm, store[1]);
     q_norm = floats_of(layer.q_norm, store[2]), kv_norm = floats_of(layer.kv_norm, store[3]);
-    index_norm = floats_of(layer.index_norm, store[4]), index_bias = floats_of(layer.index_norm_bias, store[5]);
+    index_norm = floats_of(layer.index_norm, store[4]),
+    index_bias = floats_of(layer.index_norm_bias, store[5]);
     q_bias = floats_of(layer.q_bias, store[6]), kv_bias = floats_of(layer.kv_bias, store[7]);
     v_bias = floats_of(layer.v_bias, store[8]), o_bias = floats_of(layer.o_bias, store[9]);
   }
@@ -70,13 +72,15 @@ struct LayerRun {
   int seen_keys(int token) const { return call.causal ? first_slot() + token % call.queries + 1 : call.keys; }
 };
 
-inline LinearOutput output_of(const Matrix& m, float* out, const float* bias = nullptr, const float* add = nullptr) {
+inline LinearOutput output_of(const Matrix& m, float* out, const float* bias = nullptr,
+                              const float* add = nullptr) {
   LinearOutput to;
   to.matrix = &m, to.out = out, to.add = add, to.bias = bias, to.stride = static_cast<size_t>(m.rows);
   return to;
 }
 
-inline void project(const LayerRun& run, const float* x, int count, const float* norm, float eps, const std::vector<LinearOutput>& outputs) {
+inline void project(const LayerRun& run, const float* x, int count, const float* norm, float eps,
+                    const std::vector<LinearOutput>& outputs) {
   LinearCall call;
   call.exact = run.call.exact;
   call.x = x, call.count = count, call.norm = norm, call.eps = eps;
@@ -87,9 +91,12 @@ inline void project(const LayerRun& run, const float* x, int count, const float*
 inline Tokens make_tokens(const LayerRun& run, int first, int count) {
   const DecoderLayer& layer = run.layer;
   static thread_local std::vector<float> store;
-  const size_t n = static_cast<size_t>(count), heads = static_cast<size_t>(layer.heads), index = static_cast<size_t>(layer.index_heads);
-  const size_t q_in = n * layer.q_in.rows, kv = n * run.cached_width(), v = layer.grouped ? n * layer.v.rows : 0;
-  const size_t q = n * heads * run.query_width(), mixed = n * heads * layer.value, key = n * layer.index_width;
+  const size_t n = static_cast<size_t>(count), heads = static_cast<size_t>(layer.heads),
+               index = static_cast<size_t>(layer.index_heads);
+  const size_t q_in = n * layer.q_in.rows, kv = n * run.cached_width(),
+               v = layer.grouped ? n * layer.v.rows : 0;
+  const size_t q = n * heads * run.query_width(), mixed = n * heads * layer.value,
+               key = n * layer.index_width;
   Arena arena(store, q_in + kv + v + q + mixed + n * index * (layer.index_width + 1) + key + 64);
   Tokens tokens;
   tokens.first = first, tokens.count = count;
@@ -105,7 +112,8 @@ inline Tokens make_tokens(const LayerRun& run, int first, int count) {
 inline void project_in(const LayerRun& run, const Tokens& tokens) {
   const DecoderLayer& layer = run.layer;
   const float* x = run.x + static_cast<size_t>(tokens.first) * layer.hidden;
-  std::vector<LinearOutput> outputs = {output_of(layer.q_in, tokens.q_in, run.weights.q_bias), output_of(layer.kv_in, tokens.kv, run.weights.kv_bias)};
+  std::vector<LinearOutput> outputs = {output_of(layer.q_in, tokens.q_in, run.weights.q_bias),
+                                       output_of(layer.kv_in, tokens.kv, run.weights.kv_bias)};
   if (layer.grouped) outputs.push_back(output_of(layer.v, tokens.v, run.weights.v_bias));
   if (layer.index_heads) outputs.push_back(output_of(layer.index_k, tokens.index_key));
   if (run.selects()) outputs.push_back(output_of(layer.index_weights, tokens.index_weights));
@@ -125,9 +133,11 @@ inline void write_cache(const LayerRun& run, const Tokens& tokens) {
   parallel((tokens.count + together - 1) / together, [&](int part) {
     for (int i = part * together; i < std::min(tokens.count, (part + 1) * together); i++) {
       const int token = tokens.first + i, width = run.cached_width();
-      const size_t slot = static_cast<size_t>(run.first_slot() + token % call.queries), row = static_cast<size_t>(token / call.queries);
+      const size_t slot = static_cast<size_t>(run.first_slot() + token % call.queries),
+                   row = static_cast<size_t>(token / call.queries);
       const auto put = [&](const float* from, void* buffer, size_t row_bytes, int count) {
-        narrow(from, static_cast<char*>(buffer) + row * row_bytes + slot * static_cast<size_t>(count) * item, call.cache_bf16, count);
+        narrow(from, static_cast<char*>(buffer) + row * row_bytes + slot * static_cast<size_t>(count) * item,
+               call.cache_bf16, count);
       };
       float* mine = tokens.kv + static_cast<size_t>(i) * width;
       if (layer.grouped) {
@@ -160,24 +170,29 @@ struct Seen {
 
 // The caller's mask, a row a token.
 inline const uint8_t* mask_of(const LayerCall& call, int token) {
-  return call.visible + static_cast<size_t>(token / call.queries) * call.visible_at + static_cast<size_t>(token % call.queries) * call.keys;
+  return call.visible + static_cast<size_t>(token / call.queries) * call.visible_at +
+         static_cast<size_t>(token % call.queries) * call.keys;
 }
 
 inline void choose_slots(const LayerRun& run, const Tokens& tokens, Seen& seen) {
   const DecoderLayer& layer = run.layer;
   const LayerCall& call = run.call;
   const size_t n = static_cast<size_t>(tokens.count), first = static_cast<size_t>(tokens.first);
-  const float factor = 1.0f / std::sqrt(static_cast<float>(layer.index_heads)) / std::sqrt(static_cast<float>(layer.index_width));
+  const float factor = 1.0f / std::sqrt(static_cast<float>(layer.index_heads)) /
+                       std::sqrt(static_cast<float>(layer.index_width));
   for (size_t i = 0; i < n * layer.index_heads; i++) tokens.index_weights[i] *= factor;
   SelectCall choice;
   choice.q = tokens.index_q, choice.turns = run.turns(tokens.first), choice.weights = tokens.index_weights;
-  choice.cache = call.index_keys, choice.bf16_cache = call.cache_bf16, choice.cache_row_bytes = call.index_row_bytes;
-  choice.count = tokens.count, choice.heads = layer.index_heads, choice.width = layer.index_width, choice.rotary = layer.rotary;
+  choice.cache = call.index_keys, choice.bf16_cache = call.cache_bf16,
+  choice.cache_row_bytes = call.index_row_bytes;
+  choice.count = tokens.count, choice.heads = layer.index_heads, choice.width = layer.index_width,
+  choice.rotary = layer.rotary;
   choice.keys = call.keys, choice.topk = layer.topk, choice.cache_rows = seen.rows.data();
   if (call.visible) {
     seen.mask.resize(n * static_cast<size_t>(call.keys));
     for (int i = 0; i < tokens.count; i++)
-      std::memcpy(seen.mask.data() + static_cast<size_t>(i) * call.keys, mask_of(call, tokens.first + i), static_cast<size_t>(call.keys));
+      std::memcpy(seen.mask.data() + static_cast<size_t>(i) * call.keys, mask_of(call, tokens.first + i),
+                  static_cast<size_t>(call.keys));
     choice.visible = seen.mask.data();
   } else {
     choice.limits = seen.counts.data();
@@ -198,7 +213,8 @@ inline SeenSlots see(const LayerRun& run, const Tokens& tokens, Seen& seen) {
   to.rows = seen.rows.data(), to.counts = seen.counts.data();
   if (run.selects()) {
     choose_slots(run, tokens, seen);
-    to.slots = call.chosen_slots + first * run.layer.topk, to.counts = call.chosen_counts + first, to.room = run.layer.topk;
+    to.slots = call.chosen_slots + first * run.layer.topk, to.counts = call.chosen_counts + first,
+    to.room = run.layer.topk;
   } else if (call.slots) {
     to.slots = call.slots + first * call.room, to.counts = call.counts + first, to.room = call.room;
   } else if (call.visible) {
@@ -206,7 +222,8 @@ inline SeenSlots see(const LayerRun& run, const Tokens& tokens, Seen& seen) {
     for (int i = 0; i < tokens.count; i++) {
       const uint8_t* mask = mask_of(call, tokens.first + i);
       int32_t *mine = seen.slots.data() + static_cast<size_t>(i) * call.keys, count = 0;
-      for (int s = 0; s < call.keys; s++) if (mask[s]) mine[count++] = s;
+      for (int s = 0; s < call.keys; s++)
+        if (mask[s]) mine[count++] = s;
       seen.counts[static_cast<size_t>(i)] = count;
     }
     to.slots = seen.slots.data(), to.room = call.keys;
@@ -229,7 +246,8 @@ inline void attend_tokens(const LayerRun& run, const Tokens& tokens, const SeenS
         rotate_halves(mine, run.turns(tokens.first + i), layer.rotary / 2);
       }
     });
-    cache.values = call.values, cache.value_row_bytes = call.values_row_bytes, cache.value_stride = static_cast<size_t>(layer.v.rows);
+    cache.values = call.values, cache.value_row_bytes = call.values_row_bytes,
+    cache.value_stride = static_cast<size_t>(layer.v.rows);
     cache.key_width = head, cache.value_width = layer.value;
     GroupedCall attention;
     attention.q = tokens.q, attention.out = tokens.mixed, attention.count = tokens.count;
@@ -238,13 +256,17 @@ inline void attend_tokens(const LayerRun& run, const Tokens& tokens, const SeenS
     attend_grouped(attention);
     return;
   }
-  cache.values = cache.keys, cache.value_row_bytes = cache.key_row_bytes, cache.value_stride = cache.key_stride;
+  cache.values = cache.keys, cache.value_row_bytes = cache.key_row_bytes,
+  cache.value_stride = cache.key_stride;
   cache.key_width = run.cached_width(), cache.value_width = layer.latent;
   AttendCall attention;
   attention.exact = call.exact;
-  attention.kv_b = &layer.kv_b, attention.q = tokens.q, attention.turns = run.turns(tokens.first), attention.out = tokens.mixed;
-  attention.count = tokens.count, attention.heads = layer.heads, attention.nope = layer.nope, attention.rotary = layer.rotary;
-  attention.latent = layer.latent, attention.value = layer.value, attention.cache = cache, attention.seen = seen, attention.scale = layer.scale;
+  attention.kv_b = &layer.kv_b, attention.q = tokens.q, attention.turns = run.turns(tokens.first),
+  attention.out = tokens.mixed;
+  attention.count = tokens.count, attention.heads = layer.heads, attention.nope = layer.nope,
+  attention.rotary = layer.rotary;
+  attention.latent = layer.latent, attention.value = layer.value, attention.cache = cache,
+  attention.seen = seen, attention.scale = layer.scale;
   attend(attention);
 }
 
@@ -275,9 +297,11 @@ inline void decode_layer(const DecoderLayer& layer, const LayerCall& call) {
   if (!layer.feed) return;
   MoeCall feed;
   feed.exact = call.exact;
-  feed.layer = layer.feed, feed.x = run.x, feed.add = run.x, feed.count = n, feed.norm = run.weights.post_norm, feed.eps = layer.eps;
+  feed.layer = layer.feed, feed.x = run.x, feed.add = run.x, feed.count = n,
+  feed.norm = run.weights.post_norm, feed.eps = layer.eps;
   feed.out = call.bf16 ? run.x + size : run.x;
-  feed.chosen_ids = call.expert_ids, feed.chosen_weights = call.expert_weights, feed.scores = call.expert_scores;
+  feed.chosen_ids = call.expert_ids, feed.chosen_weights = call.expert_weights,
+  feed.scores = call.expert_scores;
   moe(feed);
   if (call.bf16) narrow(run.x + size, call.out, true, n * layer.hidden);
 }

@@ -12,17 +12,29 @@
 
 namespace glm5 {
 #if defined(GLM5_X86)
-namespace avx512 { extern const Table functions; }
+namespace avx512 {
+extern const Table functions;
+}
 #if defined(GLM5_AVX512BF16)
-namespace avx512bf16 { Table functions(); }
+namespace avx512bf16 {
+Table functions();
+}
 #endif
-namespace avxvnni { extern const Table functions; }
-namespace avx2 { extern const Table functions; }
+namespace avxvnni {
+extern const Table functions;
+}
+namespace avx2 {
+extern const Table functions;
+}
 #endif
 #if defined(GLM5_NEON)
-namespace neon { extern const Table functions; }
+namespace neon {
+extern const Table functions;
+}
 #endif
-namespace portable { extern const Table functions; }
+namespace portable {
+extern const Table functions;
+}
 
 namespace {
 
@@ -31,8 +43,9 @@ std::vector<const Table*> supported() {
 #if defined(GLM5_X86)
   __builtin_cpu_init();
   const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+  if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni")) {
     found.push_back(&avx512::functions);
 #if defined(GLM5_AVX512BF16)
     if (__builtin_cpu_supports("avx512bf16")) {
@@ -71,7 +84,9 @@ std::string names() {
 const Table& table() {
   if (!chosen) {
     const char* asked = std::getenv("GLM5_ISA");
-    if (asked && !use_table(asked)) throw std::runtime_error(std::string("GLM5_ISA is '") + asked + "', which this machine has not; it has " + names());
+    if (asked && !use_table(asked))
+      throw std::runtime_error(std::string("GLM5_ISA is '") + asked +
+                               "', which this machine has not; it has " + names());
     if (!asked) chosen = supported().front();
   }
   return *chosen;

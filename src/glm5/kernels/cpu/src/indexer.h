@@ -26,13 +26,15 @@ struct Floats {
 template <int V>
 GLM5_INLINE inline float weigh_heads(const F32x16 (&products)[V], const float* weights) {
   F32x16 sum = zero16();
-  each<V>([&](auto v) GLM5_INLINE { sum = fma(max16(products[v], zero16()), load16(weights + 16 * v), sum); });
+  each<V>([&](auto v)
+              GLM5_INLINE { sum = fma(max16(products[v], zero16()), load16(weights + 16 * v), sum); });
   return sum16(sum);
 }
 
 // scores[s] = sum_h weight[h] relu(q[h] . key[s]); heads run along the lanes.
 template <class Kind, int V>  // V = heads / 16
-void index_scores(const typename Kind::Word* turned, const float* weights, const typename Kind::Word* keys, int count, int words, float* scores) {
+void index_scores(const typename Kind::Word* turned, const float* weights, const typename Kind::Word* keys,
+                  int count, int words, float* scores) {
   constexpr int kTogether = V == 2 ? kScoredKeys : kScoredKeys / 2;
   for (int s = 0; s < count; s += kTogether) {
     F32x16 acc[kTogether][V];
@@ -98,12 +100,14 @@ struct FloatScores {
     for (int d = 0; d < width; d++) to[static_cast<size_t>(d) * lanes] = query[d];
   }
   template <int V>
-  static void band(const SelectCall& call, const float* turned, const float* weights, const char* keys, int count, float* scores) {
+  static void band(const SelectCall& call, const float* turned, const float* weights, const char* keys,
+                   int count, float* scores) {
     static thread_local std::vector<float> buffer;
     float* wide = scratch(buffer, static_cast<size_t>(64) * call.width);
     for (int s = 0; s < count; s += 64) {
       const int here = std::min(64, count - s);
-      widen(keys + static_cast<size_t>(s) * call.width * (call.bf16_cache ? 2 : 4), call.bf16_cache, wide, here * call.width);
+      widen(keys + static_cast<size_t>(s) * call.width * (call.bf16_cache ? 2 : 4), call.bf16_cache, wide,
+            here * call.width);
       index_scores<Floats, V>(turned, weights, wide, here, call.width, scores + s);
     }
   }
@@ -125,7 +129,8 @@ void select_by(const SelectCall& call) {
     std::memset(weighed, 0, 4 * static_cast<size_t>(call.count) * lanes);
   }
   parallel(call.count, [&](int t) {
-    std::memcpy(weighed + static_cast<size_t>(t) * lanes, call.weights + static_cast<size_t>(t) * call.heads, 4 * static_cast<size_t>(call.heads));
+    std::memcpy(weighed + static_cast<size_t>(t) * lanes, call.weights + static_cast<size_t>(t) * call.heads,
+                4 * static_cast<size_t>(call.heads));
     for (int h = 0; h < call.heads; h++) {
       float one[256];
       const size_t at = (static_cast<size_t>(t) * call.heads + h) * call.width;
@@ -140,7 +145,8 @@ void select_by(const SelectCall& call) {
     const int t = item / bands, first = item % bands * kBand, count = std::min(kBand, reach(t) - first);
     if (count <= 0) return;
     float* mine = scores + static_cast<size_t>(t) * call.keys + first;
-    const uint8_t* visible = call.visible ? call.visible + static_cast<size_t>(t) * call.keys + first : nullptr;
+    const uint8_t* visible =
+        call.visible ? call.visible + static_cast<size_t>(t) * call.keys + first : nullptr;
     if (visible && !std::memchr(visible, 1, static_cast<size_t>(count))) {
       std::fill_n(mine, count, -INFINITY);
       return;
@@ -153,11 +159,13 @@ void select_by(const SelectCall& call) {
     else if (vectors == 4) Scores::template band<4>(call, queries, weights, keys, count, mine);
     else Scores::template band<1>(call, queries, weights, keys, count, mine);
     if (visible) {
-      for (int s = 0; s < count; s++) if (!visible[s]) mine[s] = -INFINITY;
+      for (int s = 0; s < count; s++)
+        if (!visible[s]) mine[s] = -INFINITY;
     }
   });
   parallel(call.count, [&](int t) {
-    call.counts[t] = select_slots(scores + static_cast<size_t>(t) * call.keys, reach(t), call.topk, call.slots + static_cast<size_t>(t) * call.topk);
+    call.counts[t] = select_slots(scores + static_cast<size_t>(t) * call.keys, reach(t), call.topk,
+                                  call.slots + static_cast<size_t>(t) * call.topk);
   });
 }
 

@@ -6,14 +6,14 @@
 
 #include <atomic>
 
-#include "products.h"
 #include "plan.h"
+#include "products.h"
 #include "threads.h"
 
 namespace glm5 {
 namespace GLM5_ISA {
 
-constexpr int kItemRows = 64;     // weight rows in an item: whole blocks of the next activations
+constexpr int kItemRows = 64;  // weight rows in an item: whole blocks of the next activations
 constexpr int kShortRows = 16;
 constexpr int kLongRows = 128;    // the same for few activation rows: long stretches of memory
 constexpr int kItemsAThread = 6;  // enough to share out evenly, few enough to read long runs
@@ -36,7 +36,9 @@ inline const int* counting(int count) {
 // one that is done helps with what is left of the others'.
 template <class F>
 void parallel_runs(int items, F&& body) {
-  struct alignas(64) Next { std::atomic<int> item{0}; };
+  struct alignas(64) Next {
+    std::atomic<int> item{0};
+  };
   constexpr int kMost = 64;
   const int stretches = std::min({threads(), items, kMost});
   if (stretches <= 1) {
@@ -74,35 +76,45 @@ inline const float* floats_of(const Vector& v, std::vector<float>& store) {
   if (!v.data || v.type == Codes::f32) return static_cast<const float*>(v.data);
   float* out = scratch(store, static_cast<size_t>(v.size));
   const auto* from = static_cast<const uint16_t*>(v.data);
-  for (int i = 0; i < v.size; i++) out[i] = v.type == Codes::bf16 ? bf16_to_float(from[i]) : f16_to_float(from[i]);
+  for (int i = 0; i < v.size; i++)
+    out[i] = v.type == Codes::bf16 ? bf16_to_float(from[i]) : f16_to_float(from[i]);
   return out;
 }
 
 inline bool by_integers(const Matrix& m, bool exact) { return !exact && m.block() != 0; }
 
 // x: [count, cols] floats or bf16, through the norm if there is one, into every form that is wanted.
-inline void take_inputs(Inputs& in, const void* x, bool is_bf16, int count, int cols, const float* norm, float eps) {
+inline void take_inputs(Inputs& in, const void* x, bool is_bf16, int count, int cols, const float* norm,
+                        float eps) {
   in.cols = cols;
   if (in.wants_floats) scratch(in.floats, static_cast<size_t>(count) * cols);
   for (int kind = 0; kind < 4; kind++)
-    if (in.wanted[kind]) in.integers[kind].shape(count, cols, kind % 2 ? 32 : 64, kind < 2 ? Codes::int4 : Codes::int8);
+    if (in.wanted[kind])
+      in.integers[kind].shape(count, cols, kind % 2 ? 32 : 64, kind < 2 ? Codes::int4 : Codes::int8);
   const int together = std::max(1, 16384 / std::max(1, cols));
   parallel((count + together - 1) / together, [&](int item) {
     static thread_local std::vector<float> buffer;
     float* row = scratch(buffer, static_cast<size_t>(cols));
     for (int t = item * together; t < std::min(count, (item + 1) * together); t++) {
-      widen(static_cast<const char*>(x) + static_cast<size_t>(t) * cols * (is_bf16 ? 2 : 4), is_bf16, row, cols);
+      widen(static_cast<const char*>(x) + static_cast<size_t>(t) * cols * (is_bf16 ? 2 : 4), is_bf16, row,
+            cols);
       if (norm) rms_norm(row, norm, eps, row, cols);
-      if (in.wants_floats) std::memcpy(in.floats.data() + static_cast<size_t>(t) * cols, row, 4 * static_cast<size_t>(cols));
-      for (int kind = 0; kind < 4; kind++) if (in.wanted[kind]) quantize_row(row, in.integers[kind], t);
+      if (in.wants_floats)
+        std::memcpy(in.floats.data() + static_cast<size_t>(t) * cols, row, 4 * static_cast<size_t>(cols));
+      for (int kind = 0; kind < 4; kind++)
+        if (in.wanted[kind]) quantize_row(row, in.integers[kind], t);
     }
   });
 }
 
-inline const uint8_t* row_of(const Matrix& m, int row) { return m.data + static_cast<size_t>(row) * m.row_bytes(); }
+inline const uint8_t* row_of(const Matrix& m, int row) {
+  return m.data + static_cast<size_t>(row) * m.row_bytes();
+}
 
-inline void product(const Matrix& m, bool exact, int r0, int r1, const Inputs& in, const int* picks, int count, float* out, size_t ldo, const uint8_t* after) {
-  if (by_integers(m, exact)) integer_product(m, r0, r1, in.integers[Inputs::kind(m)], picks, count, out, ldo, after);
+inline void product(const Matrix& m, bool exact, int r0, int r1, const Inputs& in, const int* picks,
+                    int count, float* out, size_t ldo, const uint8_t* after) {
+  if (by_integers(m, exact))
+    integer_product(m, r0, r1, in.integers[Inputs::kind(m)], picks, count, out, ldo, after);
   else float_product(m, r0, r1, in.floats.data(), static_cast<size_t>(in.cols), picks, count, out, ldo);
 }
 
@@ -155,10 +167,12 @@ inline void linear(const LinearCall& call) {
     const Matrix& m = *to.matrix;
     const int r0 = band * each_rows, r1 = std::min(m.rows, r0 + each_rows), rows = r1 - r0;
     float sums[kItemRows * kItemTokens];
-    product(m, call.exact, r0, r1, shared, counting(call.count) + t0, t1 - t0, sums, kItemRows, row_of(m, r1));
+    product(m, call.exact, r0, r1, shared, counting(call.count) + t0, t1 - t0, sums, kItemRows,
+            row_of(m, r1));
     for (int t = t0; t < t1; t++) {
       float* row = sums + static_cast<size_t>(t - t0) * kItemRows;
-      if (to.bias) for (int r = 0; r < rows; r++) row[r] += to.bias[r0 + r];
+      if (to.bias)
+        for (int r = 0; r < rows; r++) row[r] += to.bias[r0 + r];
       const size_t at = static_cast<size_t>(t) * to.stride + static_cast<size_t>(r0);
       if (to.add) {
         float other[kItemRows];

@@ -1,6 +1,6 @@
 // The Python module `glm5.kernels._cpu`. A call is an object whose fields are set by name; tensors come as
-// addresses. `glm5.kernels.cpu` checks every shape, dtype and index and keeps the tensors alive: it is the only
-// caller, and nothing here may be called with unchecked sizes.
+// addresses. `glm5.kernels.cpu` checks every shape, dtype and index and keeps the tensors alive: it is the
+// only caller, and nothing here may be called with unchecked sizes.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -28,12 +28,12 @@ class Fields {
   Fields(nb::module_& m, const char* name) : bound_(m, name) { bound_.def(nb::init<>()); }
 
   template <class T>
-  Fields& operator()(const char* name, T C::*field) {
+  Fields& operator()(const char* name, T C::* field) {
     if constexpr (std::is_pointer_v<T>)
-      bound_.def_prop_rw(name, [field](const C& self) { return reinterpret_cast<uintptr_t>(self.*field); },
-                         [field](C& self, uintptr_t address) { self.*field = reinterpret_cast<T>(address); });
-    else
-      bound_.def_rw(name, field);
+      bound_.def_prop_rw(
+          name, [field](const C& self) { return reinterpret_cast<uintptr_t>(self.*field); },
+          [field](C& self, uintptr_t address) { self.*field = reinterpret_cast<T>(address); });
+    else bound_.def_rw(name, field);
     return *this;
   }
 
@@ -43,7 +43,8 @@ class Fields {
   nb::class_<C> bound_;
 };
 
-Matrix make_matrix(int codes, int rows, int cols, int group, uintptr_t data, int scale_type, uintptr_t scales) {
+Matrix make_matrix(int codes, int rows, int cols, int group, uintptr_t data, int scale_type,
+                   uintptr_t scales) {
   Matrix m;
   m.codes = static_cast<Codes>(codes);
   m.rows = rows, m.cols = cols, m.group = group;
@@ -72,85 +73,104 @@ bool all_finite(uintptr_t address, size_t count, int codes) {
 
 void bind_parts(nb::module_& m) {
   nb::class_<Matrix>(m, "Matrix")
-      .def("__init__", [](Matrix* self, int codes, int rows, int cols, int group, uintptr_t data, int scale_type, uintptr_t scales) {
-        new (self) Matrix(make_matrix(codes, rows, cols, group, data, scale_type, scales));
-      })
+      .def("__init__",
+           [](Matrix* self, int codes, int rows, int cols, int group, uintptr_t data, int scale_type,
+              uintptr_t scales) {
+             new (self) Matrix(make_matrix(codes, rows, cols, group, data, scale_type, scales));
+           })
       .def_prop_ro("block", &Matrix::block);
   nb::class_<Vector>(m, "Vector").def("__init__", [](Vector* self, uintptr_t data, int type, int size) {
     new (self) Vector{at<const void>(data), static_cast<Codes>(type), size};
   });
   nb::class_<ExpertBank>(m, "ExpertBank")
-      .def("__init__", [](ExpertBank* self, int hidden, size_t experts) { new (self) ExpertBank{hidden, std::vector<Expert>(experts)}; })
-      .def("put", [](ExpertBank& self, size_t expert, const Matrix& gate, const Matrix& up, const Matrix& down) {
-        self.experts.at(expert) = {gate, up, down};
-      })
+      .def("__init__", [](ExpertBank* self, int hidden,
+                          size_t experts) { new (self) ExpertBank{hidden, std::vector<Expert>(experts)}; })
+      .def("put", [](ExpertBank& self, size_t expert, const Matrix& gate, const Matrix& up,
+                     const Matrix& down) { self.experts.at(expert) = {gate, up, down}; })
       .def("drop", [](ExpertBank& self, size_t expert) { self.experts.at(expert) = Expert(); });
   nb::class_<MoeLayer>(m, "MoeLayer")
-      .def("__init__", [](MoeLayer* self, int hidden) { new (self) MoeLayer(); self->hidden = hidden; })
-      .def("set_bank", [](MoeLayer& self, const ExpertBank& bank) { self.bank = &bank; }, nb::keep_alive<1, 2>())
-      .def("set_shared", [](MoeLayer& self, const Matrix& gate, const Matrix& up, const Matrix& down) {
-        self.has_shared = true;
-        self.shared = {gate, up, down};
-      })
-      .def("set_router", [](MoeLayer& self, const Matrix& weight, const Vector& bias, int topk, int groups, int topk_groups,
-                            bool normalize, float factor) {
+      .def("__init__",
+           [](MoeLayer* self, int hidden) {
+             new (self) MoeLayer();
+             self->hidden = hidden;
+           })
+      .def(
+          "set_bank", [](MoeLayer& self, const ExpertBank& bank) { self.bank = &bank; },
+          nb::keep_alive<1, 2>())
+      .def("set_shared",
+           [](MoeLayer& self, const Matrix& gate, const Matrix& up, const Matrix& down) {
+             self.has_shared = true;
+             self.shared = {gate, up, down};
+           })
+      .def("set_router", [](MoeLayer& self, const Matrix& weight, const Vector& bias, int topk, int groups,
+                            int topk_groups, bool normalize, float factor) {
         self.router = {weight, bias, weight.rows, topk, groups, topk_groups, normalize, factor};
       });
   using L = DecoderLayer;
   Fields<L> layer(m, "DecoderLayer");
-  layer("grouped", &L::grouped)("hidden", &L::hidden)("heads", &L::heads)("kv_heads", &L::kv_heads)("nope", &L::nope);
+  layer("grouped", &L::grouped)("hidden", &L::hidden)("heads", &L::heads)("kv_heads", &L::kv_heads)("nope",
+                                                                                                    &L::nope);
   layer("rotary", &L::rotary)("latent", &L::latent)("value", &L::value)("scale", &L::scale);
   layer("q_in", &L::q_in)("q_b", &L::q_b)("kv_in", &L::kv_in)("kv_b", &L::kv_b)("v", &L::v)("o", &L::o);
   layer("q_bias", &L::q_bias)("kv_bias", &L::kv_bias)("v_bias", &L::v_bias)("o_bias", &L::o_bias);
-  layer("input_norm", &L::input_norm)("post_norm", &L::post_norm)("q_norm", &L::q_norm)("kv_norm", &L::kv_norm);
+  layer("input_norm", &L::input_norm)("post_norm", &L::post_norm)("q_norm", &L::q_norm)("kv_norm",
+                                                                                        &L::kv_norm);
   layer("eps", &L::eps)("head_eps", &L::head_eps);
-  layer("index_q", &L::index_q)("index_k", &L::index_k)("index_weights", &L::index_weights)("index_norm", &L::index_norm);
+  layer("index_q", &L::index_q)("index_k", &L::index_k)("index_weights", &L::index_weights)("index_norm",
+                                                                                            &L::index_norm);
   layer("index_norm_bias", &L::index_norm_bias)("index_eps", &L::index_eps)("index_heads", &L::index_heads);
   layer("index_width", &L::index_width)("topk", &L::topk);
-  layer.bound().def("set_feed", [](L& self, const MoeLayer& feed) { self.feed = &feed; }, nb::keep_alive<1, 2>());
+  layer.bound().def(
+      "set_feed", [](L& self, const MoeLayer& feed) { self.feed = &feed; }, nb::keep_alive<1, 2>());
 }
 
 void bind_calls(nb::module_& m) {
-  Fields<LinearCall>(m, "LinearCall")("x", &LinearCall::x)("x_bf16", &LinearCall::x_bf16)("count", &LinearCall::count)
-      ("norm", &LinearCall::norm)("eps", &LinearCall::eps)("exact", &LinearCall::exact);
-  Fields<LinearOutput>(m, "LinearOutput")("bias", &LinearOutput::bias)("add", &LinearOutput::add)("out", &LinearOutput::out)
-      ("stride", &LinearOutput::stride)("bf16", &LinearOutput::bf16);
+  Fields<LinearCall>(m, "LinearCall")("x", &LinearCall::x)("x_bf16", &LinearCall::x_bf16)(
+      "count", &LinearCall::count)("norm", &LinearCall::norm)("eps", &LinearCall::eps)("exact",
+                                                                                       &LinearCall::exact);
+  Fields<LinearOutput>(m, "LinearOutput")("bias", &LinearOutput::bias)("add", &LinearOutput::add)(
+      "out", &LinearOutput::out)("stride", &LinearOutput::stride)("bf16", &LinearOutput::bf16);
   using N = NormCall;
-  Fields<N>(m, "NormCall")("x", &N::x)("out", &N::out)("weight", &N::weight)("bf16", &N::bf16)("count", &N::count)
-      ("cols", &N::cols)("eps", &N::eps);
+  Fields<N>(m, "NormCall")("x", &N::x)("out", &N::out)("weight", &N::weight)("bf16", &N::bf16)(
+      "count", &N::count)("cols", &N::cols)("eps", &N::eps);
   using E = MoeCall;
-  Fields<E>(m, "MoeCall")("x", &E::x)("add", &E::add)("out", &E::out)("x_bf16", &E::x_bf16)("count", &E::count)("norm", &E::norm)
-      ("eps", &E::eps)("exact", &E::exact)("ids", &E::ids)("weights", &E::weights)("topk", &E::topk)("chosen_ids", &E::chosen_ids)
-      ("chosen_weights", &E::chosen_weights)("scores", &E::scores);
+  Fields<E>(m, "MoeCall")("x", &E::x)("add", &E::add)("out", &E::out)("x_bf16", &E::x_bf16)(
+      "count", &E::count)("norm", &E::norm)("eps", &E::eps)("exact", &E::exact)("ids", &E::ids)(
+      "weights", &E::weights)("topk", &E::topk)("chosen_ids", &E::chosen_ids)(
+      "chosen_weights", &E::chosen_weights)("scores", &E::scores);
   using C = CachedRows;
-  Fields<C>(m, "CachedRows")("keys", &C::keys)("values", &C::values)("bf16", &C::bf16)("key_width", &C::key_width)
-      ("value_width", &C::value_width)("key_stride", &C::key_stride)("value_stride", &C::value_stride)
-      ("key_row_bytes", &C::key_row_bytes)("value_row_bytes", &C::value_row_bytes);
+  Fields<C>(m, "CachedRows")("keys", &C::keys)("values", &C::values)("bf16", &C::bf16)(
+      "key_width", &C::key_width)("value_width", &C::value_width)("key_stride", &C::key_stride)(
+      "value_stride", &C::value_stride)("key_row_bytes", &C::key_row_bytes)("value_row_bytes",
+                                                                            &C::value_row_bytes);
   using S = SeenSlots;
   Fields<S>(m, "SeenSlots")("rows", &S::rows)("slots", &S::slots)("counts", &S::counts)("room", &S::room);
   using A = AttendCall;
-  Fields<A>(m, "AttendCall")("q", &A::q)("turns", &A::turns)("out", &A::out)("bf16", &A::bf16)("exact", &A::exact)
-      ("count", &A::count)("heads", &A::heads)("nope", &A::nope)("rotary", &A::rotary)("latent", &A::latent)("value", &A::value)
-      ("cache", &A::cache)("seen", &A::seen)("scale", &A::scale);
+  Fields<A>(m, "AttendCall")("q", &A::q)("turns", &A::turns)("out", &A::out)("bf16", &A::bf16)(
+      "exact", &A::exact)("count", &A::count)("heads", &A::heads)("nope", &A::nope)("rotary", &A::rotary)(
+      "latent", &A::latent)("value", &A::value)("cache", &A::cache)("seen", &A::seen)("scale", &A::scale);
   using G = GroupedCall;
-  Fields<G>(m, "GroupedCall")("q", &G::q)("out", &G::out)("count", &G::count)("heads", &G::heads)("kv_heads", &G::kv_heads)
-      ("cache", &G::cache)("seen", &G::seen)("scale", &G::scale);
+  Fields<G>(m, "GroupedCall")("q", &G::q)("out", &G::out)("count", &G::count)("heads", &G::heads)(
+      "kv_heads", &G::kv_heads)("cache", &G::cache)("seen", &G::seen)("scale", &G::scale);
   using D = SelectCall;
-  Fields<D>(m, "SelectCall")("q", &D::q)("turns", &D::turns)("weights", &D::weights)("cache", &D::cache)("bf16", &D::bf16)
-      ("bf16_cache", &D::bf16_cache)("count", &D::count)("heads", &D::heads)("width", &D::width)("rotary", &D::rotary)
-      ("keys", &D::keys)("topk", &D::topk)("cache_row_bytes", &D::cache_row_bytes)("cache_rows", &D::cache_rows)
-      ("limits", &D::limits)("visible", &D::visible)("slots", &D::slots)("counts", &D::counts);
+  Fields<D>(m, "SelectCall")("q", &D::q)("turns", &D::turns)("weights", &D::weights)("cache", &D::cache)(
+      "bf16", &D::bf16)("bf16_cache", &D::bf16_cache)("count", &D::count)("heads", &D::heads)(
+      "width", &D::width)("rotary", &D::rotary)("keys", &D::keys)("topk", &D::topk)(
+      "cache_row_bytes", &D::cache_row_bytes)("cache_rows", &D::cache_rows)("limits", &D::limits)(
+      "visible", &D::visible)("slots", &D::slots)("counts", &D::counts);
   using L = LayerCall;
-  Fields<L>(m, "LayerCall")("x", &L::x)("out", &L::out)("bf16", &L::bf16)("cache_bf16", &L::cache_bf16)("causal", &L::causal)("exact", &L::exact)
-      ("batch", &L::batch)("queries", &L::queries)("keys", &L::keys)("turns", &L::turns)("latents", &L::latents)
-      ("values", &L::values)("index_keys", &L::index_keys)("latents_row_bytes", &L::latents_row_bytes)
-      ("values_row_bytes", &L::values_row_bytes)("index_row_bytes", &L::index_row_bytes)("visible", &L::visible)
-      ("visible_at", &L::visible_at)("slots", &L::slots)("counts", &L::counts)("room", &L::room)
-      ("chosen_slots", &L::chosen_slots)("chosen_counts", &L::chosen_counts)("expert_ids", &L::expert_ids)
-      ("expert_weights", &L::expert_weights)("expert_scores", &L::expert_scores);
+  Fields<L>(m, "LayerCall")("x", &L::x)("out", &L::out)("bf16", &L::bf16)("cache_bf16", &L::cache_bf16)(
+      "causal", &L::causal)("exact", &L::exact)("batch", &L::batch)("queries", &L::queries)("keys", &L::keys)(
+      "turns", &L::turns)("latents", &L::latents)("values", &L::values)("index_keys", &L::index_keys)(
+      "latents_row_bytes", &L::latents_row_bytes)("values_row_bytes", &L::values_row_bytes)(
+      "index_row_bytes", &L::index_row_bytes)("visible", &L::visible)("visible_at", &L::visible_at)(
+      "slots", &L::slots)("counts", &L::counts)("room", &L::room)("chosen_slots", &L::chosen_slots)(
+      "chosen_counts", &L::chosen_counts)("expert_ids", &L::expert_ids)("expert_weights", &L::expert_weights)(
+      "expert_scores", &L::expert_scores);
   using R = RoundCall;
-  Fields<R>(m, "RoundCall")("weights", &R::weights)("rows", &R::rows)("cols", &R::cols)("group", &R::group)("bits", &R::bits)
-      ("importance", &R::importance)("search", &R::search)("codes", &R::codes)("scales", &R::scales);
+  Fields<R>(m, "RoundCall")("weights", &R::weights)("rows", &R::rows)("cols", &R::cols)("group", &R::group)(
+      "bits", &R::bits)("importance", &R::importance)("search", &R::search)("codes", &R::codes)("scales",
+                                                                                                &R::scales);
 }
 
 // The functions; each runs without the interpreter's lock.
@@ -228,6 +248,7 @@ NB_MODULE(_cpu, m) {
     return names;
   });
   m.def("use_instruction_set", [](const std::string& name) {
-    if (!use_table(name.c_str())) throw std::invalid_argument("unknown or unsupported instruction set: " + name);
+    if (!use_table(name.c_str()))
+      throw std::invalid_argument("unknown or unsupported instruction set: " + name);
   });
 }

@@ -31,14 +31,18 @@ inline void keep_best_groups(const Router& router, float* choice) {
   for (int n = 0; n < router.topk_groups; n++) {
     int top = -1;
     for (int g = 0; g < router.groups; g++)
-      if (!kept[static_cast<size_t>(g)] && (top < 0 || best[static_cast<size_t>(g)] > best[static_cast<size_t>(top)])) top = g;
+      if (!kept[static_cast<size_t>(g)] &&
+          (top < 0 || best[static_cast<size_t>(g)] > best[static_cast<size_t>(top)]))
+        top = g;
     kept[static_cast<size_t>(top)] = 1;
   }
-  for (int e = 0; e < experts; e++) if (!kept[static_cast<size_t>(e / size)]) choice[e] = -INFINITY;
+  for (int e = 0; e < experts; e++)
+    if (!kept[static_cast<size_t>(e / size)]) choice[e] = -INFINITY;
 }
 
 // Sigmoid scores choose with a bias and weigh without it; equal scores: the lower expert first.
-inline void choose_experts(const Router& router, const float* bias, const float* logits, int* ids, float* weights, float* told_scores) {
+inline void choose_experts(const Router& router, const float* bias, const float* logits, int* ids,
+                           float* weights, float* told_scores) {
   const int experts = router.experts;
   static thread_local std::vector<float> buffer;
   float* scores = scratch(buffer, static_cast<size_t>(experts) * 2);
@@ -52,7 +56,8 @@ inline void choose_experts(const Router& router, const float* bias, const float*
   float total = 0;
   for (int k = 0; k < router.topk; k++) {
     int top = 0;
-    for (int e = 1; e < experts; e++) if (choice[e] > choice[top]) top = e;
+    for (int e = 1; e < experts; e++)
+      if (choice[e] > choice[top]) top = e;
     ids[k] = top;
     weights[k] = scores[top];
     total += scores[top];
@@ -74,14 +79,16 @@ struct Feed {
 struct MoeWork {
   Inputs in;
   std::vector<Feed> feeds;
-  size_t used = 0, routed = 0;           // feeds in use; those of routed experts come first
-  QuantizedRows acts4[2], acts8[2];      // between the halves: of routed experts, of the shared one
+  size_t used = 0, routed = 0;       // feeds in use; those of routed experts come first
+  QuantizedRows acts4[2], acts8[2];  // between the halves: of routed experts, of the shared one
   std::vector<float> acts[2];
   std::vector<int> ids;
   std::vector<float> weights, logits, bias;
 
   int kind(size_t feed) const { return feed < routed ? 0 : 1; }
-  QuantizedRows& integers(const Matrix& down, int kind) { return down.codes == Codes::int4 ? acts4[kind] : acts8[kind]; }
+  QuantizedRows& integers(const Matrix& down, int kind) {
+    return down.codes == Codes::int4 ? acts4[kind] : acts8[kind];
+  }
   Feed& next(const Expert* expert) {
     if (feeds.size() <= used) feeds.emplace_back();
     Feed& feed = feeds[used++];
@@ -90,14 +97,18 @@ struct MoeWork {
   }
 };
 
-inline int num_experts(const MoeLayer& layer) { return layer.bank ? static_cast<int>(layer.bank->experts.size()) : 0; }
+inline int num_experts(const MoeLayer& layer) {
+  return layer.bank ? static_cast<int>(layer.bank->experts.size()) : 0;
+}
 
 // Which forms of the input the layer's matrices read.
 inline void want_inputs(const MoeCall& call, MoeWork& work) {
   const MoeLayer& layer = *call.layer;
   work.in.want_nothing();
   work.in.wants_floats = num_experts(layer) && !call.ids;
-  const auto want = [&](const Expert& e) { work.in.want(e.gate, call.exact), work.in.want(e.up, call.exact); };
+  const auto want = [&](const Expert& e) {
+    work.in.want(e.gate, call.exact), work.in.want(e.up, call.exact);
+  };
   if (layer.bank)
     for (const Expert& expert : layer.bank->experts)
       if (expert.is_here()) {
@@ -119,12 +130,14 @@ inline void route(const MoeCall& call, MoeWork& work) {
   const int bands = (experts + 31) / 32, token_items = (count + 63) / 64;
   parallel(bands * token_items, [&](int item) {
     const int r0 = item / token_items * 32, t0 = item % token_items * 64;
-    float_product(layer.router.weight, r0, std::min(experts, r0 + 32), work.in.floats.data(), hidden, counting(count) + t0,
-                  std::min(64, count - t0), logits + static_cast<size_t>(t0) * across + r0, across);
+    float_product(layer.router.weight, r0, std::min(experts, r0 + 32), work.in.floats.data(), hidden,
+                  counting(count) + t0, std::min(64, count - t0),
+                  logits + static_cast<size_t>(t0) * across + r0, across);
   });
   parallel_runs(count, [&](int t) {
     const size_t at = static_cast<size_t>(t), mine = at * topk;
-    choose_experts(layer.router, bias, logits + at * across, ids + mine, weights + mine, call.scores ? call.scores + at * across : nullptr);
+    choose_experts(layer.router, bias, logits + at * across, ids + mine, weights + mine,
+                   call.scores ? call.scores + at * across : nullptr);
   });
   const size_t chosen = static_cast<size_t>(count) * topk;
   if (call.chosen_ids) std::memcpy(call.chosen_ids, ids, sizeof(int) * chosen);
@@ -162,7 +175,8 @@ inline void list_feeds(const MoeCall& call, MoeWork& work) {
   }
 }
 
-// Room for the activations between the two halves: routed experts and the shared one may differ in width and kind.
+// Room for the activations between the two halves: routed experts and the shared one may differ in width and
+// kind.
 inline void shape_activations(const MoeCall& call, MoeWork& work) {
   int rows[2] = {0, 0};
   for (size_t f = 0; f < work.used; f++) {
@@ -178,18 +192,23 @@ inline void shape_activations(const MoeCall& call, MoeWork& work) {
   }
 }
 
-struct FeedItem { int feed, t0, t1, r0, r1; };
+struct FeedItem {
+  int feed, t0, t1, r0, r1;
+};
 
 // silu(gate x) * up x of some rows and tokens of a feed, in the form that its down product reads.
 inline void gate_up_item(const MoeCall& call, MoeWork& work, const FeedItem& item) {
   const Feed& feed = work.feeds[static_cast<size_t>(item.feed)];
   const Expert& expert = *feed.expert;
-  const int kind = work.kind(static_cast<size_t>(item.feed)), rows = item.r1 - item.r0, tokens = item.t1 - item.t0;
+  const int kind = work.kind(static_cast<size_t>(item.feed)), rows = item.r1 - item.r0,
+            tokens = item.t1 - item.t0;
   const size_t line = static_cast<size_t>(rows + 15) / 16 * 16;
   const int* picks = feed.tokens.data() + item.t0;
   float gate[kItemRows * kItemTokens], up[kItemRows * kItemTokens];
-  product(expert.gate, call.exact, item.r0, item.r1, work.in, picks, tokens, gate, line, row_of(expert.up, item.r0));
-  product(expert.up, call.exact, item.r0, item.r1, work.in, picks, tokens, up, line, row_of(expert.gate, item.r1));
+  product(expert.gate, call.exact, item.r0, item.r1, work.in, picks, tokens, gate, line,
+          row_of(expert.up, item.r0));
+  product(expert.up, call.exact, item.r0, item.r1, work.in, picks, tokens, up, line,
+          row_of(expert.gate, item.r1));
   const Matrix& down = expert.down;
   const bool integers = by_integers(down, call.exact);
   QuantizedRows& to = work.integers(down, kind);
@@ -198,7 +217,8 @@ inline void gate_up_item(const MoeCall& call, MoeWork& work, const FeedItem& ite
     silu_times(row, up + static_cast<size_t>(t - item.t0) * line, rows);
     const int at = feed.first + t;
     if (!integers) {
-      std::memcpy(work.acts[kind].data() + static_cast<size_t>(at) * down.cols + item.r0, row, 4 * static_cast<size_t>(rows));
+      std::memcpy(work.acts[kind].data() + static_cast<size_t>(at) * down.cols + item.r0, row,
+                  4 * static_cast<size_t>(rows));
       continue;
     }
     for (int r = 0; r < rows; r += to.block) quantize_block(row + r, to, at, (item.r0 + r) / to.block);
@@ -217,38 +237,46 @@ inline void gate_up(const MoeCall& call, MoeWork& work) {
     const int rows = item_rows(all_rows, tokens);
     for (int t0 = 0; t0 < tokens; t0 += kItemTokens)
       for (int r0 = 0; r0 < width; r0 += rows)
-        items.push_back({static_cast<int>(f), t0, std::min(tokens, t0 + kItemTokens), r0, std::min(width, r0 + rows)});
+        items.push_back(
+            {static_cast<int>(f), t0, std::min(tokens, t0 + kItemTokens), r0, std::min(width, r0 + rows)});
   }
-  parallel_runs(static_cast<int>(items.size()), [&](int i) { gate_up_item(call, work, items[static_cast<size_t>(i)]); });
+  parallel_runs(static_cast<int>(items.size()),
+                [&](int i) { gate_up_item(call, work, items[static_cast<size_t>(i)]); });
 }
 
 // total[t] += weight * down of a feed, for output columns [r0, r1) and tokens [t0, t1).
-inline void add_feed(const MoeCall& call, MoeWork& work, size_t f, int r0, int r1, int t0, int t1, float* total, size_t line) {
+inline void add_feed(const MoeCall& call, MoeWork& work, size_t f, int r0, int r1, int t0, int t1,
+                     float* total, size_t line) {
   const Feed& feed = work.feeds[f];
   const int kind = work.kind(f), rows = r1 - r0;
   const Matrix& down = feed.expert->down;
   const auto begin = std::lower_bound(feed.tokens.begin(), feed.tokens.end(), t0);
   const auto end = std::lower_bound(begin, feed.tokens.end(), t1);
-  const int from = static_cast<int>(begin - feed.tokens.begin()), to = static_cast<int>(end - feed.tokens.begin());
+  const int from = static_cast<int>(begin - feed.tokens.begin()),
+            to = static_cast<int>(end - feed.tokens.begin());
   const uint8_t* next = f + 1 < work.used ? row_of(work.feeds[f + 1].expert->down, r0) : row_of(down, r1);
   float sums[kItemRows * kItemTokens];
   for (int done = from, n; done < to; done += n) {
     n = std::min(kItemTokens, to - done);
     const int* picks = counting(feed.first + done + n) + feed.first + done;
-    if (!by_integers(down, call.exact)) float_product(down, r0, r1, work.acts[kind].data(), static_cast<size_t>(down.cols), picks, n, sums, line);
+    if (!by_integers(down, call.exact))
+      float_product(down, r0, r1, work.acts[kind].data(), static_cast<size_t>(down.cols), picks, n, sums,
+                    line);
     else integer_product(down, r0, r1, work.integers(down, kind), picks, n, sums, line, next);
     for (int t = 0; t < n; t++) {
       const size_t at = static_cast<size_t>(done + t);
-      add_scaled(total + static_cast<size_t>(feed.tokens[at] - t0) * line, sums + static_cast<size_t>(t) * line, feed.weights[at], rows);
+      add_scaled(total + static_cast<size_t>(feed.tokens[at] - t0) * line,
+                 sums + static_cast<size_t>(t) * line, feed.weights[at], rows);
     }
   }
 }
 
-// A band of output columns at a time over all experts, so that nothing is added twice at once. An expert's tokens stay
-// together: each run of them reads its weights again.
+// A band of output columns at a time over all experts, so that nothing is added twice at once. An expert's
+// tokens stay together: each run of them reads its weights again.
 inline void combine(const MoeCall& call, MoeWork& work) {
   const int hidden = call.layer->hidden, count = call.count, down_rows = item_rows(hidden, count);
-  const int bands = (hidden + down_rows - 1) / down_rows, token_items = (count + kDownTokens - 1) / kDownTokens;
+  const int bands = (hidden + down_rows - 1) / down_rows,
+            token_items = (count + kDownTokens - 1) / kDownTokens;
   const size_t line = static_cast<size_t>(down_rows), item = call.x_bf16 ? 2 : 4;
   parallel_runs(bands * token_items, [&](int i) {
     const int r0 = i / token_items * down_rows, r1 = std::min(hidden, r0 + down_rows), rows = r1 - r0;

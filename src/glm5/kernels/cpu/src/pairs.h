@@ -8,7 +8,9 @@
 #include "indexer.h"
 
 namespace glm5 {
-namespace avx512 { extern const Table functions; }
+namespace avx512 {
+extern const Table functions;
+}
 namespace GLM5_ISA {
 
 constexpr int kPairSlots = 32;  // cached rows in a block
@@ -22,9 +24,11 @@ struct Pairs {
   static F32x16 add(F32x16 acc, Words left, Words right) { return dot_pairs(acc, left, right); }
 };
 
-// The scores of 16 V slots become weights of a running softmax, in bf16. Returns what the sum before is worth now.
+// The scores of 16 V slots become weights of a running softmax, in bf16. Returns what the sum before is worth
+// now.
 template <int V>
-GLM5_INLINE inline float fold_pairs(const float* scores, float scale, uint64_t seen, uint16_t* weights, float& top, float& total) {
+GLM5_INLINE inline float fold_pairs(const float* scores, float scale, uint64_t seen, uint16_t* weights,
+                                    float& top, float& total) {
   const F32x16 unseen = set16(-INFINITY);
   F32x16 part[V], most = unseen;
   each<V>([&](auto v) GLM5_INLINE {
@@ -50,8 +54,10 @@ GLM5_INLINE inline float fold_pairs(const float* scores, float scale, uint64_t s
 
 // ---------------------------------------------------------------- heads over cached rows
 
-// scores[h][s] = q[h] . row s for four heads and four rows; `width` in bf16, q padded with zeros to whole vectors.
-GLM5_INLINE inline void score_pairs(const uint16_t* const (&q)[4], const uint16_t* const (&rows)[4], int width, float* sums) {
+// scores[h][s] = q[h] . row s for four heads and four rows; `width` in bf16, q padded with zeros to whole
+// vectors.
+GLM5_INLINE inline void score_pairs(const uint16_t* const (&q)[4], const uint16_t* const (&rows)[4],
+                                    int width, float* sums) {
   F32x16 acc[16];  // head i / 4, row i % 4
   each<16>([&](auto i) GLM5_INLINE { acc[i] = zero16(); });
   const auto step = [&](int k, auto load) GLM5_INLINE {
@@ -68,13 +74,16 @@ GLM5_INLINE inline void score_pairs(const uint16_t* const (&q)[4], const uint16_
   store16(sums, sum_sixteen(acc));
 }
 
-// mixed[h] = mixed[h] * keep[h] + sum_s weights[h][s] row s, for up to four heads and 16 V columns of pairs of rows.
+// mixed[h] = mixed[h] * keep[h] + sum_s weights[h][s] row s, for up to four heads and 16 V columns of pairs
+// of rows.
 template <int V>
-GLM5_INLINE inline void mix_pairs(const uint32_t* weights, int count, const float* keep, const Bytes64* pairs, float* mixed, size_t width) {
+GLM5_INLINE inline void mix_pairs(const uint32_t* weights, int count, const float* keep, const Bytes64* pairs,
+                                  float* mixed, size_t width) {
   F32x16 acc[4][V];
   const auto head = [&](int i) { return std::min(i, count - 1); };
   each<4>([&](auto i) GLM5_INLINE {
-    each<V>([&](auto v) GLM5_INLINE { acc[i][v] = load16(mixed + head(i) * width + 16 * v) * set16(keep[head(i)]); });
+    each<V>([&](auto v)
+                GLM5_INLINE { acc[i][v] = load16(mixed + head(i) * width + 16 * v) * set16(keep[head(i)]); });
   });
   for (int s = 0; s < kPairSlots / 2; s++) {
     each<4>([&](auto i) GLM5_INLINE {
@@ -87,9 +96,11 @@ GLM5_INLINE inline void mix_pairs(const uint32_t* weights, int count, const floa
   });
 }
 
-inline void attend_heads_by_pairs(const CachedRows& cache, const SeenSlots& seen, float scale, int t, int kv_head, int heads, const float* q, float* mixed) {
+inline void attend_heads_by_pairs(const CachedRows& cache, const SeenSlots& seen, float scale, int t,
+                                  int kv_head, int heads, const float* q, float* mixed) {
   const int width = cache.key_width, value = cache.value_width;
-  if (!cache.bf16 || width % 16 || value % 16) return avx512::functions.attend_heads(cache, seen, scale, t, kv_head, heads, q, mixed);
+  if (!cache.bf16 || width % 16 || value % 16)
+    return avx512::functions.attend_heads(cache, seen, scale, t, kv_head, heads, q, mixed);
   const RowsOf from = rows_of(cache, seen, t, kv_head);
   const int padded = (width + 31) / 32 * 32;
   static thread_local std::vector<float> float_store;
@@ -118,19 +129,22 @@ inline void attend_heads_by_pairs(const CachedRows& cache, const SeenSlots& seen
     }
     for (int h = 0; h < heads; h += 4) {
       const uint16_t* some[4];
-      for (int i = 0; i < 4; i++) some[i] = queries + static_cast<size_t>(std::min(h + i, heads - 1)) * padded;
+      for (int i = 0; i < 4; i++)
+        some[i] = queries + static_cast<size_t>(std::min(h + i, heads - 1)) * padded;
       for (int s = 0; s < here; s += 4) {
         float sums[16];
         const uint16_t* four[4] = {rows[s], rows[s + 1], rows[s + 2], rows[s + 3]};
         score_pairs(some, four, width, sums);
-        for (int i = 0; i < std::min(4, heads - h); i++) std::memcpy(scores + (h + i) * kPairSlots + s, sums + 4 * i, 16);
+        for (int i = 0; i < std::min(4, heads - h); i++)
+          std::memcpy(scores + (h + i) * kPairSlots + s, sums + 4 * i, 16);
       }
     }
     const uint64_t counted = (1ull << here) - 1;
     for (int h = 0; h < heads; h++) {
       float* line = scores + h * kPairSlots;
       for (int s = (here + 3) / 4 * 4; s < kPairSlots; s++) line[s] = 0;
-      keep[h] = fold_pairs<kPairSlots / 16>(line, scale, counted, reinterpret_cast<uint16_t*>(weights + h * kPairSlots / 2), top[h], total[h]);
+      keep[h] = fold_pairs<kPairSlots / 16>(
+          line, scale, counted, reinterpret_cast<uint16_t*>(weights + h * kPairSlots / 2), top[h], total[h]);
     }
     // Rows without a weight repeat a row that has one: nothing that is not finite comes in by them.
     int c = 0;
@@ -138,14 +152,17 @@ inline void attend_heads_by_pairs(const CachedRows& cache, const SeenSlots& seen
     for (; c + 64 <= value; c += 64) {
       for (int s = 0; s < kPairSlots / 2; s++)
         for (int half = 0; half < 2; half++)
-          pair32(values[2 * s] + c + 32 * half, values[2 * s + 1] + c + 32 * half, pairs[4 * s + 2 * half], pairs[4 * s + 2 * half + 1]);
+          pair32(values[2 * s] + c + 32 * half, values[2 * s + 1] + c + 32 * half, pairs[4 * s + 2 * half],
+                 pairs[4 * s + 2 * half + 1]);
       for (int h = 0; h < heads; h += 4)
-        mix_pairs<4>(weights + h * kPairSlots / 2, std::min(4, heads - h), keep + h, pairs, mixed + static_cast<size_t>(h) * value + c, static_cast<size_t>(value));
+        mix_pairs<4>(weights + h * kPairSlots / 2, std::min(4, heads - h), keep + h, pairs,
+                     mixed + static_cast<size_t>(h) * value + c, static_cast<size_t>(value));
     }
     for (; c < value; c += 16) {
       for (int s = 0; s < kPairSlots / 2; s++) pairs[s] = pair16(values[2 * s] + c, values[2 * s + 1] + c);
       for (int h = 0; h < heads; h += 4)
-        mix_pairs<1>(weights + h * kPairSlots / 2, std::min(4, heads - h), keep + h, pairs, mixed + static_cast<size_t>(h) * value + c, static_cast<size_t>(value));
+        mix_pairs<1>(weights + h * kPairSlots / 2, std::min(4, heads - h), keep + h, pairs,
+                     mixed + static_cast<size_t>(h) * value + c, static_cast<size_t>(value));
     }
   }
   for (int h = 0; h < heads; h++) {
@@ -163,11 +180,14 @@ struct PairScores {
   static size_t words(int width) { return static_cast<size_t>(width) / 2; }
   static void turn(const float* query, int width, uint32_t* to, size_t lanes) {
     for (int d = 0; d < width; d += 2)
-      to[static_cast<size_t>(d / 2) * lanes] = float_to_bf16(query[d]) | static_cast<uint32_t>(float_to_bf16(query[d + 1])) << 16;
+      to[static_cast<size_t>(d / 2) * lanes] =
+          float_to_bf16(query[d]) | static_cast<uint32_t>(float_to_bf16(query[d + 1])) << 16;
   }
   template <int V>
-  static void band(const SelectCall& call, const uint32_t* turned, const float* weights, const char* keys, int count, float* scores) {
-    index_scores<Pairs, V>(turned, weights, reinterpret_cast<const uint32_t*>(keys), count, call.width / 2, scores);
+  static void band(const SelectCall& call, const uint32_t* turned, const float* weights, const char* keys,
+                   int count, float* scores) {
+    index_scores<Pairs, V>(turned, weights, reinterpret_cast<const uint32_t*>(keys), count, call.width / 2,
+                           scores);
   }
 };
 

@@ -62,7 +62,8 @@ struct Router {
   float factor = 1;
 };
 
-// Routed experts with or without their router, a shared expert beside them; a dense layer is a shared expert only.
+// Routed experts with or without their router, a shared expert beside them; a dense layer is a shared expert
+// only.
 struct MoeLayer {
   int hidden = 0;
   Router router;
@@ -83,19 +84,19 @@ struct MoeCall {
   bool exact = false;
   const int* ids = nullptr;  // [count, topk]; null = ask the router
   const float* weights = nullptr;
-  int topk = 0;                    // of ids; without them the router's
-  int* chosen_ids = nullptr;       // where to tell what the router chose, [count, topk], null = nowhere
+  int topk = 0;               // of ids; without them the router's
+  int* chosen_ids = nullptr;  // where to tell what the router chose, [count, topk], null = nowhere
   float* chosen_weights = nullptr;
-  float* scores = nullptr;         // [count, experts]
+  float* scores = nullptr;  // [count, experts]
 };
 
-// What attention reads: row s of batch row b at keys + b * key_row_bytes + s * key_stride values. MLA: keys and values
-// are the same memory, of which the values are the first columns.
+// What attention reads: row s of batch row b at keys + b * key_row_bytes + s * key_stride values. MLA: keys
+// and values are the same memory, of which the values are the first columns.
 struct CachedRows {
   const void *keys = nullptr, *values = nullptr;
   bool bf16 = false;
-  int key_width = 0, value_width = 0;          // of one key/value head
-  size_t key_stride = 0, value_stride = 0;     // values from a slot to the next
+  int key_width = 0, value_width = 0;       // of one key/value head
+  size_t key_stride = 0, value_stride = 0;  // values from a slot to the next
   size_t key_row_bytes = 0, value_row_bytes = 0;
 };
 
@@ -133,10 +134,10 @@ struct GroupedCall {
 
 // DSA's choice: the topk slots of largest index score for each query.
 struct SelectCall {
-  const void* q = nullptr;          // [count, heads, width], not yet rotated; at most 64 heads
-  const float* turns = nullptr;     // [count, rotary / 2] of cos, sin, for the first dims
-  const float* weights = nullptr;   // [count, heads], scaled
-  const void* cache = nullptr;      // [rows, capacity, width]
+  const void* q = nullptr;         // [count, heads, width], not yet rotated; at most 64 heads
+  const float* turns = nullptr;    // [count, rotary / 2] of cos, sin, for the first dims
+  const float* weights = nullptr;  // [count, heads], scaled
+  const void* cache = nullptr;     // [rows, capacity, width]
   bool bf16 = false, bf16_cache = false;
   int count = 0, heads = 0, width = 0, rotary = 0, keys = 0, topk = 0;
   size_t cache_row_bytes = 0;
@@ -147,15 +148,16 @@ struct SelectCall {
   int32_t* counts = nullptr;         // [count]
 };
 
-// A decoder layer; norms in fp32. With MLA `q_in` gives the query latent, or without q_norm the query; with GQA the query,
-// `kv_in` the keys and `v` the values, and q_norm and kv_norm are those of a head.
+// A decoder layer; norms in fp32. With MLA `q_in` gives the query latent, or without q_norm the query; with
+// GQA the query, `kv_in` the keys and `v` the values, and q_norm and kv_norm are those of a head.
 struct DecoderLayer {
   bool grouped = false;
   Matrix q_in, q_b, kv_in, kv_b, v, o, index_q, index_k, index_weights;
   Vector input_norm, post_norm, q_norm, kv_norm, index_norm, index_norm_bias;
   Vector q_bias, kv_bias, v_bias, o_bias;
   float eps = 0, head_eps = 0, index_eps = 0, scale = 1;
-  int hidden = 0, heads = 0, kv_heads = 1, nope = 0, rotary = 0, latent = 0, value = 0;  // GQA: nope is what is not rotated
+  int hidden = 0, heads = 0, kv_heads = 1, nope = 0, rotary = 0, latent = 0,
+      value = 0;                                   // GQA: nope is what is not rotated
   int index_heads = 0, index_width = 0, topk = 0;  // no heads: the layer has no indexer
   const MoeLayer* feed = nullptr;                  // null: the call ends after attention
 };
@@ -169,14 +171,15 @@ struct LayerCall {
   bool causal = false;  // no token sees a later one of this call; without a mask it sees every earlier one
   int batch = 0, queries = 0, keys = 0;
   const float* turns = nullptr;  // [batch, queries, rotary / 2] of cos, sin
-  void *latents = nullptr, *values = nullptr, *index_keys = nullptr;  // [batch, capacity, ..]; GQA: latents are keys
+  void *latents = nullptr, *values = nullptr,
+       *index_keys = nullptr;  // [batch, capacity, ..]; GQA: latents are keys
   size_t latents_row_bytes = 0, values_row_bytes = 0, index_row_bytes = 0;
-  const uint8_t* visible = nullptr;  // [batch or 1, queries, keys]; null = all, or causal
-  size_t visible_at = 0;             // 0 = one for all rows
+  const uint8_t* visible = nullptr;                   // [batch or 1, queries, keys]; null = all, or causal
+  size_t visible_at = 0;                              // 0 = one for all rows
   const int32_t *slots = nullptr, *counts = nullptr;  // chosen by an earlier layer
   int room = 0;                                       // slots of a query
   int32_t *chosen_slots = nullptr, *chosen_counts = nullptr;  // [n, topk], [n]: what this layer chose
-  int* expert_ids = nullptr;        // what the router chose, as in MoeCall
+  int* expert_ids = nullptr;                                  // what the router chose, as in MoeCall
   float* expert_weights = nullptr;
   float* expert_scores = nullptr;
 };
@@ -200,7 +203,8 @@ struct Table {
   void (*moe)(const MoeCall&);
   void (*route)(const MoeCall&);  // the router alone: fills chosen_ids, chosen_weights and scores
   void (*attend)(const AttendCall&);
-  void (*attend_heads)(const CachedRows&, const SeenSlots&, float scale, int t, int kv_head, int heads, const float* q, float* mixed);
+  void (*attend_heads)(const CachedRows&, const SeenSlots&, float scale, int t, int kv_head, int heads,
+                       const float* q, float* mixed);
   void (*attend_grouped)(const GroupedCall&);
   void (*select)(const SelectCall&);
   void (*decode_layer)(const DecoderLayer&, const LayerCall&);
@@ -209,8 +213,8 @@ struct Table {
   double (*spin_products)(int rounds);
 };
 
-const Table& table();                // of this machine, or the one asked for
-bool use_table(const char* name);    // false: unknown or not supported here
-std::vector<const char*> tables();   // supported here, best first
+const Table& table();               // of this machine, or the one asked for
+bool use_table(const char* name);   // false: unknown or not supported here
+std::vector<const char*> tables();  // supported here, best first
 
 }  // namespace glm5

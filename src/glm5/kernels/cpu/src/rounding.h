@@ -4,8 +4,8 @@
 // error left with the best scale for those codes, sum(p w^2) - sum(p w q)^2 / sum(p q^2).
 #pragma once
 
-#include "plan.h"
 #include "activations.h"
+#include "plan.h"
 #include "threads.h"
 
 namespace glm5 {
@@ -19,7 +19,8 @@ inline F32x16 rounded_codes(F32x16 w, F32x16 inverse, float lowest, float highes
 
 // Rounds w[count] (count % 16 == 0); returns the stored scale and adds to error and energy. Works on
 // the weights times a power of two that brings the largest to [0.5, 1), so that no square leaves fp32.
-inline uint16_t round_group(float* w, const float* importance, int count, int bits, bool search, float* codes, double& error, double& energy) {
+inline uint16_t round_group(float* w, const float* importance, int count, int bits, bool search, float* codes,
+                            double& error, double& energy) {
   const float lowest = -static_cast<float>(1 << (bits - 1)), highest = -lowest - 1;
   float peak = 0;  // the largest weight, with its sign
   bool finite = true;
@@ -86,26 +87,31 @@ inline void round_weights(const RoundCall& call) {
     for (int r = item * band; r < std::min(call.rows, (item + 1) * band); r++) {
       const size_t at = static_cast<size_t>(r) * call.cols;
       if (call.dtype == Codes::f16) {
-        for (int i = 0; i < call.cols; i += 16) store16(row + i, load_f16(static_cast<const uint16_t*>(call.weights) + at + i));
+        for (int i = 0; i < call.cols; i += 16)
+          store16(row + i, load_f16(static_cast<const uint16_t*>(call.weights) + at + i));
       } else {
         const bool bf16 = call.dtype == Codes::bf16;
         widen(static_cast<const char*>(call.weights) + at * (bf16 ? 2 : 4), bf16, row, call.cols);
       }
       for (int g = 0; g < groups; g++)
         call.scales[static_cast<size_t>(r) * groups + g] =
-            round_group(row + g * call.group, call.importance ? call.importance + g * call.group : nullptr, call.group, call.bits,
-                        call.search, codes + g * call.group, sums[2 * static_cast<size_t>(r)], sums[2 * static_cast<size_t>(r) + 1]);
+            round_group(row + g * call.group, call.importance ? call.importance + g * call.group : nullptr,
+                        call.group, call.bits, call.search, codes + g * call.group,
+                        sums[2 * static_cast<size_t>(r)], sums[2 * static_cast<size_t>(r) + 1]);
       uint8_t* out = call.codes + static_cast<size_t>(r) * words;
       if (call.bits == 4) {
         for (int i = 0; i < call.cols / 2; i++)
-          out[i] = static_cast<uint8_t>((static_cast<int>(codes[2 * i]) + offset) | (static_cast<int>(codes[2 * i + 1]) + offset) << 4);
+          out[i] = static_cast<uint8_t>((static_cast<int>(codes[2 * i]) + offset) |
+                                        (static_cast<int>(codes[2 * i + 1]) + offset) << 4);
       } else {
-        for (int i = 0; i < call.cols; i++) out[i] = static_cast<uint8_t>(static_cast<int>(codes[i]) + offset);
+        for (int i = 0; i < call.cols; i++)
+          out[i] = static_cast<uint8_t>(static_cast<int>(codes[i]) + offset);
       }
     }
   });
   double error = 0, energy = 0;
-  for (int r = 0; r < call.rows; r++) error += sums[2 * static_cast<size_t>(r)], energy += sums[2 * static_cast<size_t>(r) + 1];
+  for (int r = 0; r < call.rows; r++)
+    error += sums[2 * static_cast<size_t>(r)], energy += sums[2 * static_cast<size_t>(r) + 1];
   *call.error = error, *call.energy = energy;
 }
 

@@ -32,7 +32,8 @@ struct Matrix {
       case Codes::int4: return (static_cast<size_t>(cols) + 7) / 8 * 4;  // whole 32-bit words
       case Codes::int8: return (static_cast<size_t>(cols) + 3) / 4 * 4;
       case Codes::e4m3: return static_cast<size_t>(cols);
-      case Codes::bf16: case Codes::f16: return static_cast<size_t>(cols) * 2;
+      case Codes::bf16:
+      case Codes::f16: return static_cast<size_t>(cols) * 2;
       default: return static_cast<size_t>(cols) * 4;
     }
   }
@@ -57,7 +58,8 @@ struct QuantizedRows {
   int chunk() const { return layout == Codes::int4 ? 128 : 64; }
   int chunks() const { return (cols + chunk() - 1) / chunk(); }
   int blocks() const { return cols / block; }
-  // An odd number of cache lines: rows a power of two apart would fall on the same few places of the first cache.
+  // An odd number of cache lines: rows a power of two apart would fall on the same few places of the first
+  // cache.
   size_t stride() const { return static_cast<size_t>(chunks()) * chunk() | 64; }
 
   std::vector<int8_t> codes;     // [count, stride]

@@ -1,0 +1,177 @@
+// Integer products of a few activation rows: lanes along the columns, one plain stream of weights.
+#pragma once
+
+#include "tiles.h"
+
+namespace glm5 {
+namespace GLM5_ISA {
+
+struct BlockScales {
+  Scales type;
+  const void* values;
+  int groups, repeat;  // blocks that share a scale
+};
+
+// Scales of blocks [first, first + 16) of a row.
+GLM5_INLINE inline F32x16 block_scales(const BlockScales& s, size_t row, int first) {
+  const size_t groups = static_cast<size_t>(s.groups);
+  if (s.repeat == 1)
+    return load_scales(s.type, s.values, row * groups + static_cast<size_t>(first), s.groups - first);
+  // Blocks past the last one repeat it: their terms are never summed.
+  const int from = std::min(first / s.repeat, s.groups - 1);
+  const int count = std::min(16, s.groups - from);
+  float some[16], repeated[16];
+  store16(some, load_scales(s.type, s.values, row * groups + static_cast<size_t>(from), count));
+  for (int i = 0; i < 16; i++) repeated[i] = some[std::min(count - 1, (first + i) / s.repeat - from)];
+  return load16(repeated);
+}
+
+// Partial sums of a row: the blocks of eight 64-byte chunks of weights, at most 16.
+template <Codes C, int Block>
+constexpr int kPartial = C == Codes::int8 && Block == 64 ? 8 : 16;
+
+GLM5_INLINE inline void fetch_far(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
+GLM5_INLINE inline void fetch_near(const uint8_t* at) { __builtin_prefetch(at, 0, 3); }
+
+// Eight chunks of a weight row with T activation rows, added to 16 partial sums each. Reading a row
+// as one plain stream is what the machine's own prefetching is built for.
+template <Codes C, int Block, int T, bool Whole>
+GLM5_INLINE inline void eight_chunks(const uint8_t* from, const uint8_t* far, int bytes,
+                                     const int8_t* const (&acts)[T], const int32_t* const (&offsets)[T],
+                                     const float* const (&act_scales)[T], const BlockScales& block_scale,
+                                     size_t row, int first, int blocks, F32x16 (&sum)[T]) {
+  constexpr int kChunk = C == Codes::int4 ? 128 : 64;  // columns in 64 bytes of weights
+  constexpr int kBlocks = kChunk / Block;              // 1, 2 or 4
+  constexpr int kVectors = (8 * kBlocks + 15) / 16;    // of 16 blocks
+  I32x16 acc[T][8];
+  each<8>([&](auto c) GLM5_INLINE {
+    if constexpr (Whole) fetch_near(from + kNear + 64 * c), fetch_far(far + 64 * c);
+    const Bytes64 w = Whole || (kSpreadNibbles && bytes >= 64 * (c + 1))
+                          ? load64(from + 64 * c)
+                          : load64(from + 64 * c, std::max(0, bytes - 64 * c));
+    each<T>([&](auto t) GLM5_INLINE {
+      if (!Whole && bytes <= 64 * c) {
+        acc[t][c] = zero_int16();
+      } else if constexpr (C == Codes::int4 && !kSpreadNibbles) {  // the sums themselves are the run
+        acc[t][c] = dot_nibbles(zero_int16(), low_nibbles(w), load64(acts[t] + kChunk * c));
+        acc[t][c] = dot_nibbles(acc[t][c], high_nibbles(w), load64(acts[t] + kChunk * c + 64));
+      } else if constexpr (C == Codes::int4) {
+        const Run16 run = start_run(low_nibbles(w), load64(acts[t] + kChunk * c));
+        acc[t][c] = end_run(go_on(run, high_nibbles(w), load64(acts[t] + kChunk * c + 64)));
+      } else {
+        acc[t][c] = dot_bytes(zero_int16(), w, load64(acts[t] + kChunk * c));
+      }
+    });
+  });
+  F32x16 scales[kVectors];
+  each<kVectors>([&](auto v) GLM5_INLINE { scales[v] = block_scales(block_scale, row, first + 16 * v); });
+  each<T>([&](auto t) GLM5_INLINE {
+    I32x16 sums[2];
+    if constexpr (kBlocks == 2) {
+      sums[0] = sum_halves(acc[t]);
+    } else {
+      I32x8 q[4];
+      sum_quarters(acc[t], q);
+      if constexpr (kBlocks == 4) interleave4(q, sums);
+      if constexpr (kBlocks == 1) sums[0] = widen8(add8(add8(q[0], q[1]), add8(q[2], q[3])));
+    }
+    each<kVectors>([&](auto v) GLM5_INLINE {
+      const int at = first + 16 * v;
+      // Past the last block the scale is 0, so that what was read there adds nothing.
+      const int count = 8 * kBlocks < 16 ? std::min(8, blocks - at) : std::min(16, blocks - at);
+      const F32x16 act = Whole && 8 * kBlocks >= 16 ? load16(act_scales[t] + at)
+                                                    : load16(act_scales[t] + at, std::max(0, count));
+      const F32x16 exact = to_float(add16(sums[v], load_int16(offsets[t] + at)));
+      sum[t] = sum[t] + exact * (scales[v] * act);
+    });
+  });
+}
+
+// `after`: what will be read next, fetched while the last bytes of these rows are worked on.
+template <Codes C, int Block, int T>
+void few_rows(const Matrix& m, int r0, int r1, const QuantizedRows& x, const int* picks, float* out,
+              size_t ldo, const uint8_t* after) {
+  constexpr int kChunk = C == Codes::int4 ? 128 : 64;
+  constexpr int kBlocks = kChunk / Block;
+  const size_t row_bytes = m.row_bytes();
+  const int blocks = x.blocks();
+  // By value: what the loop writes could otherwise change it, as far as a compiler knows.
+  const BlockScales scales = {m.scale_type, m.scales, m.groups(),
+                              std::max(1, std::min(m.group, m.cols) / Block)};
+  const size_t scale_bytes = static_cast<size_t>(m.groups()) * (m.scale_type == Scales::f32 ? 4 : 2);
+  // Where only whole steps are left; the rest of a row goes the careful way.
+  const int whole_steps = std::min(static_cast<int>(row_bytes / 512), blocks / (8 * kBlocks));
+  const uint8_t* const end = m.data + static_cast<size_t>(r1) * row_bytes;
+  const uint8_t* const beyond = after ? after : end;
+  const int32_t* offsets[T];
+  const float* act_scales[T];
+  each<T>([&](auto t) GLM5_INLINE { offsets[t] = x.offset(picks[t]), act_scales[t] = x.scale(picks[t]); });
+
+  for (int row = r0; row < r1; row++) {
+    const size_t at = static_cast<size_t>(row);
+    const uint8_t* from = m.data + at * row_bytes;
+    const auto* next_scales = static_cast<const uint8_t*>(m.scales) + (at + 2) * scale_bytes;
+    for (size_t i = 0; i < scale_bytes; i += 64) fetch_near(next_scales + i);
+    const int8_t* acts[T];
+    F32x16 sum[T];
+    each<T>([&](auto t) GLM5_INLINE { acts[t] = x.row(picks[t]), sum[t] = zero16(); });
+    int step = 0;
+    for (; step < whole_steps; step++, from += 512) {
+      const uint8_t* far = from + kFar;
+      if (far >= end) far = beyond + (far - end);
+      eight_chunks<C, Block, T, true>(from, far, 512, acts, offsets, act_scales, scales, at,
+                                      step * 8 * kBlocks, blocks, sum);
+      each<T>([&](auto t) GLM5_INLINE { acts[t] += 8 * kChunk; });
+    }
+    for (size_t done = static_cast<size_t>(step) * 512; done < row_bytes; done += 512, step++, from += 512) {
+      const int bytes = static_cast<int>(std::min<size_t>(512, row_bytes - done));
+      eight_chunks<C, Block, T, false>(from, from, bytes, acts, offsets, act_scales, scales, at,
+                                       step * 8 * kBlocks, blocks, sum);
+      each<T>([&](auto t) GLM5_INLINE { acts[t] += 8 * kChunk; });
+    }
+    each<T>([&](auto t) GLM5_INLINE {
+      out[static_cast<size_t>(t) * ldo + static_cast<size_t>(row - r0)] = sum16(sum[t]);
+    });
+  }
+}
+
+// The same for 4-bit rows of kShort columns, two in 512 bytes: those of W_UV.
+constexpr int kShort = 512;
+inline bool are_short(const Matrix& m) { return m.codes == Codes::int4 && m.cols == kShort && m.group == 64; }
+
+template <int T>
+void short_rows(const Matrix& m, int r0, int r1, const QuantizedRows& x, const int* picks, float* out,
+                size_t ldo) {
+  constexpr int kBlocks = kShort / 64;
+  alignas(64) float act_scales[T][16];
+  alignas(64) int32_t offsets[T][16];
+  const int8_t* acts[T];
+  each<T>([&](auto t) GLM5_INLINE {
+    acts[t] = x.row(picks[t]);
+    for (int i = 0; i < 16; i++)
+      act_scales[t][i] = x.scale(picks[t])[i % kBlocks], offsets[t][i] = x.offset(picks[t])[i % kBlocks];
+  });
+  for (int row = r0; row < r1; row += 2) {
+    const uint8_t* from = m.data + static_cast<size_t>(row) * (kShort / 2);
+    const bool both = row + 1 < r1;
+    I32x16 acc[T][8];
+    each<8>([&](auto c) GLM5_INLINE {
+      fetch_near(from + kNear + 64 * c), fetch_far(from + kFar + 64 * c);
+      const Bytes64 w = load64(from + 64 * (both ? c : c % 4));
+      each<T>([&](auto t) GLM5_INLINE {
+        const Run16 run = start_run(low_nibbles(w), load64(acts[t] + 128 * (c % 4)));
+        acc[t][c] = end_run(go_on(run, high_nibbles(w), load64(acts[t] + 128 * (c % 4) + 64)));
+      });
+    });
+    const F32x16 scales = load_scales(m, static_cast<size_t>(row) * kBlocks, both ? 16 : kBlocks);
+    each<T>([&](auto t) GLM5_INLINE {
+      const F32x16 exact = to_float(add16(sum_halves(acc[t]), load_int16(offsets[t])));
+      const F32x16 sums = zero16() + exact * (scales * load16(act_scales[t]));
+      float other, *to = out + static_cast<size_t>(t) * ldo + static_cast<size_t>(row - r0);
+      sum_each_half(sums, to[0], both ? to[1] : other);
+    });
+  }
+}
+
+}  // namespace GLM5_ISA
+}  // namespace glm5
