@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glm5.errors import CheckpointError
 from glm5.formats import CompressedTensors, Format
-from glm5.formats.decoding import words
+from glm5.formats.bits import words
 from tests.checkpoint.checkpoint_fixture import bits, refused
 from tests.formats.format_fixture import MODULE, NAME, form, generator, pack, read_back, stored
 

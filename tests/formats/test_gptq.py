@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glm5.errors import CheckpointError
-from glm5.formats.decoding import words
+from glm5.formats.bits import words
 from tests.checkpoint.checkpoint_fixture import refused
 from tests.formats.format_fixture import (
     MODULE,

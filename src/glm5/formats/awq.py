@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glm5.formats.decoding import Grid, decode, grid_shape, unpack
+from glm5.formats.bits import unpack
+from glm5.formats.decoding import Grid, decode, grid_shape
 from glm5.formats.format import CodedFormat, Weight
 from glm5.formats.parts import FLOATS, Parts
 from glm5.formats.settings import Settings

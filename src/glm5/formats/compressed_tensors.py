@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from glm5.formats.decoding import Grid, decode, grid_shape, unpack, words
+from glm5.formats.bits import unpack, words
+from glm5.formats.decoding import Grid, decode, grid_shape
 from glm5.formats.format import CodedFormat, Weight
 from glm5.formats.fp4 import mxfp4, nvfp4
 from glm5.formats.fp8_scales import mxfp8, scaled_fp8

@@ -1,4 +1,4 @@
-"""From stored codes to fp32 weights: unpacking of bits, and W = (code - zero) * scale on a grid.
+"""From stored codes to fp32 weights: W = (code - zero) * scale on a grid.
 
 Every format here is a way of storing codes plus a grid of scales; this file knows neither names
 nor files. Shape suffixes: O rows (out), I columns (in), R and C rows and columns of the grid.
@@ -58,27 +58,3 @@ def decode(columns: int, first: int, last: int, codes: Codes, grid: Grid) -> Ten
         band.copy_(codes(start, min(start + step, last)))
         grid.apply_(band, start)
     return weight
-
-
-def words(count: int, bits: int) -> int:
-    """int32 words that `count` codes of `bits` bits fill."""
-    return -(-count * bits // 32)
-
-
-def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """int32 [n, words(count, bits)] to unsigned codes [n, count], uint8.
-
-    A row is one string of bits, lowest first: code i is bits i * bits .. (i + 1) * bits - 1, across
-    the borders of words where it must be.
-    """
-    # A copy, since `contiguous` keeps odd strides of extents of 1, which `view` refuses.
-    octets = packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-    if 8 % bits == 0:
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-        codes = (octets.unsqueeze(2) >> shifts) & (2**bits - 1)
-        return codes.flatten(1)[:, :count]
-    starts = torch.arange(count) * bits
-    low, high = starts // 8, ((starts + bits - 1) // 8)
-    # A code of at most 8 bits lies in one byte or two.
-    pairs = octets[:, low].int() | octets[:, high].int() << 8
-    return ((pairs >> (starts % 8).int()) & (2**bits - 1)).to(torch.uint8)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from glm5.errors import CheckpointError
-from glm5.formats.decoding import Grid, decode, unpack, words
+from glm5.formats.bits import unpack, words
+from glm5.formats.decoding import Grid, decode
 from glm5.formats.format import CodedFormat, Weight
 from glm5.formats.parts import FLOATS, Parts
 from glm5.formats.patterns import MAX_PATTERNS, NamePattern

@@ -1,4 +1,4 @@
-"""Integer codes in 32-bit words, as compressed-tensors' pack-quantized layout has them.
+"""Signed integer codes in compressed-tensors' pack-quantized layout.
 
 A code q in [-2^(bits-1), 2^(bits-1)) is stored as q + 2^(bits-1); the lowest column of a word is in
 its lowest bits. Only 4 and 8 bits, whose codes never cross a word.
@@ -8,33 +8,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from glm5.formats import bits as stored
 
 BITS = (4, 8)
-
-
-def words_per_row(columns: int, bits: int) -> int:
-    return -(-columns * bits // 32)
+words_per_row = stored.words
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """int8 codes [rows, columns] to int32 words [rows, ceil(columns * bits / 32)]."""
-    per_word = 32 // bits
-    columns = codes.shape[1]
-    stored = (codes + (1 << (bits - 1))).view(torch.uint8)  # int8 wraps to the same byte
-    stored = F.pad(stored, (0, -columns % per_word))
-    if bits == 4:
-        stored = stored[:, 0::2] | (stored[:, 1::2] << 4)
-    # Flat first: the one row of a matrix counts as contiguous whatever its strides.
-    return stored.flatten().view(torch.int32).view(len(codes), words_per_row(columns, bits))
+    return stored.pack((codes + (1 << (bits - 1))).view(torch.uint8), bits)  # int8 wraps to the same byte
 
 
 def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     """int32 words [rows, words] to int8 codes [rows, columns]."""
-    stored = words.contiguous().view(torch.uint8)
-    if bits == 4:
-        stored = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(1)
-    return (stored[:, :columns] - (1 << (bits - 1))).view(torch.int8)  # uint8 wraps to the same byte
+    return (stored.unpack(words, bits, columns) - (1 << (bits - 1))).view(torch.int8)  # uint8 wraps too
 
 
 def dequantize(words: Tensor, scales: Tensor, bits: int, columns: int) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -99,7 +98,8 @@ def read_tensor(tensor: GgufTensor) -> Tensor:
     Raises:
         CheckpointError: the type has no decoder, the file ends early, or a scale is NaN or infinite.
     """
-    kind, decode = tensor.type, decoder(tensor)
+    kind = tensor.type
+    require_decoder(tensor)
     values = torch.empty(tensor.shape)
     flat = values.view(-1, kind.elements)
     blocks_at_once = max(1, _CHUNK // kind.elements)
@@ -119,7 +119,7 @@ def read_tensor(tensor: GgufTensor) -> Tensor:
                             "download it again"
                         )
                     done += count
-                target.copy_(decode(raw.view(len(target), kind.bytes)))
+                target.copy_(kind.decode(raw.view(len(target), kind.bytes)))
                 if kind.has_scales and not bool(torch.isfinite(target).all()):
                     raise CheckpointError(
                         f"{tensor.path}: {shown(tensor.name)} holds a NaN or infinite scale before byte "
@@ -132,14 +132,13 @@ def read_tensor(tensor: GgufTensor) -> Tensor:
     return values
 
 
-def decoder(tensor: GgufTensor) -> Callable[[Tensor], Tensor]:
-    """The decoder of a tensor's type; CheckpointError naming both when there is none."""
-    if tensor.type.decode is None:
+def require_decoder(tensor: GgufTensor) -> None:
+    """Raise CheckpointError naming tensor and type when its values cannot be read."""
+    if not tensor.type.is_decoded:
         raise CheckpointError(
             f"{tensor.path}: {shown(tensor.name)} is stored as {tensor.type.name}, which glm5 does not "
             f"read; use a copy in {', '.join(DECODED)}"
         )
-    return tensor.type.decode
 
 
 # --- split models -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 from glm5.checkpoint import names
 from glm5.checkpoint.directory import MAX_PARAMETERS
 from glm5.checkpoint.gguf.config import model_config
-from glm5.checkpoint.gguf.file import GgufFile, decoder, read_tensor
+from glm5.checkpoint.gguf.file import GgufFile, read_tensor, require_decoder
 from glm5.checkpoint.gguf.header import GgufTensor
 from glm5.checkpoint.gguf.names import Source, is_borrowed, source
 from glm5.disk.safetensors_file import shown
@@ -135,7 +135,7 @@ class GgufModel:
                 f"{tensor.path}: {shown(stored)} has shape {list(tensor.shape)}, the file's keys ask for "
                 f"{list(shape)}; download it again"
             )
-        decoder(tensor)
+        require_decoder(tensor)
 
     def _check_leftovers(self) -> None:
         used = {found.tensor for found in self._sources.values()}
