@@ -16,8 +16,8 @@ test: setup-dev
 check: lint types test
 
 lint: setup-dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks recipes
+	$(BIN)/ruff format --check src tests benchmarks recipes
 
 types: setup-dev
 	$(BIN)/mypy

@@ -71,5 +71,5 @@ def test_bad_lines_are_named(tmp_path: Path, line: str) -> None:
 
 
 def test_an_empty_corpus_says_how_to_build_one(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"corpora.build"):
+    with pytest.raises(RecipeError, match=r"recipes.nano.build"):
         list(sample_texts(tmp_path, 1))

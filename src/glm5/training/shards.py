@@ -52,7 +52,7 @@ def corpus_files(corpus: Path) -> list[Path]:
     files = sorted(corpus.glob("*.jsonl"))
     if not files:
         raise RecipeError(
-            f"{corpus}: holds no .jsonl files; run `python -m glm5.training.corpora.build {corpus}`"
+            f"{corpus}: holds no .jsonl files; run `python -m recipes.nano.build {corpus}`"
         )
     return files
 

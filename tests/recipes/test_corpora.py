@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from glm5.training.corpora import build, fetch, tasks
-from glm5.training.corpora.extract import (
+from recipes.nano import build, fetch, tasks
+from recipes.nano.extract import (
     EXTRACTORS,
     HELDOUT_MODULUS,
     documents,
@@ -27,7 +27,7 @@ from glm5.training.corpora.extract import (
     tone_marks,
     wordnet_entry,
 )
-from glm5.training.corpora.markup import (
+from recipes.nano.markup import (
     LineDedupe,
     chunks,
     han_ratio,
@@ -35,8 +35,8 @@ from glm5.training.corpora.markup import (
     normalize,
     roff_to_text,
 )
-from glm5.training.corpora.sources import SOURCES, CorpusError, Source, select
-from glm5.training.corpora.wordlists import CORE_WORDS, SMALL_TALK
+from recipes.nano.sources import SOURCES, CorpusError, Source, select
+from recipes.nano.wordlists import CORE_WORDS, SMALL_TALK
 
 PAGE = """<!DOCTYPE html><html><head><title>T</title><style>p {}</style></head><body>
 <nav><div><nav>menu</nav>more menu</div></nav>

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from glm5.disk.files import atomic_path
-from glm5.training.corpora.sources import SOURCES, CorpusError
-from glm5.training.corpora.wordlists import (
+from recipes.nano.sources import SOURCES, CorpusError
+from recipes.nano.wordlists import (
     CORE_WORDS,
     DOC_SENTENCES,
     LIBRARY,

