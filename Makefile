@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?=
 
-.PHONY: chat test check lint types sanitize neon setup setup-dev clean
+.PHONY: chat test soak check lint types sanitize neon setup setup-dev clean
 
 chat: setup
 	@$(BIN)/glm5 chat $(if $(MODEL),--model $(MODEL))
@@ -12,6 +12,11 @@ chat: setup
 test: setup-dev
 	@# One thread a worker: workers with several would wait for each other.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# The random tests once more, with many times their cases: hours.
+SOAK ?= 100
+soak: setup-dev
+	GLM5_SOAK=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/layers tests/kernels
 
 check: lint types test
 
@@ -46,15 +51,26 @@ setup-dev: $(VENV)/.ready-dev
 
 # torch goes first and alone: the pin gives a CPU build where pip finds one.
 NATIVE := CMakeLists.txt $(wildcard src/glm5/kernels/cpu/src/*)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 $(VENV)/.ready: pyproject.toml constraints.txt $(NATIVE)
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Setting up $(VENV) (torch is a large download) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "glm5 needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 2; }
+	@command -v $${CXX:-c++} > /dev/null || command -v g++ > /dev/null || command -v clang++ > /dev/null \
+	  || { echo "glm5 needs a C++ compiler (Debian: apt install g++; macOS: xcode-select --install)"; exit 2; }
+	@test -x $(BIN)/python || { echo "making $(VENV) ..."; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch (a large download) ..."
+	@$(PIP) torch
+	@echo "compiling the kernels and installing glm5 (a few minutes) ..."
+	@$(PIP) -e .
 	@touch $@
 
+# What tests and checks need, read out of pyproject.toml: `.[dev]` would compile the kernels again.
 $(VENV)/.ready-dev: $(VENV)/.ready
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "installing what the tests need ..."
+	@$(BIN)/python -c "import tomllib; \
+	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['dev'], sep='\n')" \
+	  > $(VENV)/dev.txt
+	@$(PIP) -r $(VENV)/dev.txt
 	@touch $@
 
 clean:

@@ -115,7 +115,12 @@ def whole_step(model: GlmForCausalLM, context: int, repeats: int) -> Step:
             chosen[index] = len(set(ids))
             seen |= {(index, expert) for expert in ids}
         sizes.append(step_bytes(model, chosen, context))
-    return Step(seconds[2:], reads[2:], statistics.median(sizes[2:]), len(seen) / max(1, model.config.num_sparse_layers))
+    return Step(
+        seconds[2:],
+        reads[2:],
+        statistics.median(sizes[2:]),
+        len(seen) / max(1, model.config.num_sparse_layers),
+    )
 
 
 class Chosen(Probe):

@@ -43,11 +43,9 @@ def slice_config(moe_layers: int) -> ModelConfig:
     )
 
 
-def random_slice(
-    moe_layers: int, seed: int = 0, device: torch.device = torch.device("cpu")
-) -> GlmForCausalLM:
+def random_slice(moe_layers: int, seed: int = 0, device: torch.device | None = None) -> GlmForCausalLM:
     """The slice in bf16 and packed int4, group 64."""
-    config = slice_config(moe_layers)
+    config, device = slice_config(moe_layers), device or torch.device("cpu")
     torch.manual_seed(seed)
     with torch.device("meta"):
         model = GlmForCausalLM(config)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from functools import partial
 
 import torch
 from glm5_slice import GIGA, benchmark_arguments, llama_rates, random_slice
@@ -58,7 +59,8 @@ def ceilings(model: GlmForCausalLM) -> tuple[float, float, float]:
     peak = 2 * products / (time.perf_counter() - started) / GIGA
     weights = next(m for m in model.modules() if isinstance(m, PackedExperts)).bytes
     size = 1 << 29
-    seconds = min(_seconds(lambda s=s: _cpu.read_all(weights.data_ptr(), size, s)) for s in (1, 2))  # type: ignore[misc]
+    times = [_seconds(partial(_cpu.read_all, weights.data_ptr(), size, stride)) for stride in (1, 2)]
+    seconds = min(times)
     return library, peak, size / seconds / GIGA
 
 

@@ -50,7 +50,7 @@ def imports(path: Path) -> set[str]:
 
 
 def part_of(module: str) -> str:
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=named)

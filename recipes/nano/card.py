@@ -17,7 +17,8 @@ from rich.progress import track
 
 from glm5.disk.files import write_atomic
 from glm5.runtime.language_model import LanguageModel
-from glm5.training.heldout import bits_per_byte, heldout_texts, xz_bits_per_byte
+from glm5.training.corpus import Corpus
+from glm5.training.heldout import bits_per_byte, xz_bits_per_byte
 from glm5.training.recipe import Recipe
 
 LANGUAGES = {"en": "English", "zh": "Chinese", "code": "Python code", "pair": "English-Chinese pairs"}
@@ -44,7 +45,7 @@ def measure_bits(model: LanguageModel, recipe: Recipe) -> dict[str, tuple[float,
     """Held-out bits per byte of the model and of xz, by language, on all held-out text."""
     assert model.tokenizer is not None
     found = {}
-    for language, texts in heldout_texts(recipe.data.corpus).items():
+    for language, texts in Corpus(recipe.data.corpus).heldout().items():
         score = bits_per_byte(model, model.tokenizer, texts, recipe.data.sequence_length)
         found[language] = (score, xz_bits_per_byte(texts))
     return found

@@ -66,7 +66,7 @@ def load(
 
 
 def _rounding(checkpoint: Checkpoint) -> SchemeOf | None:
-    """The default recipe with the largest group that divides every width; None where codes are packed already."""
+    """The default recipe with the largest group that divides every width; None where it is packed already."""
     from glm5.quantize import Recipe, widest_group
 
     return None if checkpoint.is_packed else Recipe(group=widest_group(checkpoint.config)).scheme_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -121,13 +122,27 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         save_model(old_model(), tmp_path / "file")
 
 
-def test_files_that_cannot_be_moved_up_wait_for_a_person(tmp_path: Path) -> None:
+def test_a_folder_in_the_way_is_named_and_nothing_is_changed(tmp_path: Path) -> None:
     (tmp_path / SINGLE_FILE).mkdir()
-    with refused(CheckpointError, tmp_path / STAGING, "config.json last"):
+    with refused(CheckpointError, tmp_path / SINGLE_FILE, "is a directory"):
         save_model(new_model(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [SINGLE_FILE]
+
+
+def test_files_that_cannot_be_moved_up_wait_for_a_person(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(source: Path, target: Path) -> None:
+        if Path(target).parent == tmp_path:
+            raise OSError(errno.EIO, "Input/output error")
+        os.rename(source, target)
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "replace", refuses)
+        with refused(CheckpointError, tmp_path / STAGING, "config.json last"):
+            save_model(new_model(), tmp_path)
     with refused(CheckpointError, tmp_path, STAGING):
         load_model(tmp_path)
-    (tmp_path / SINGLE_FILE).rmdir()
     for name in (SINGLE_FILE, "config.json"):
         (tmp_path / STAGING / name).rename(tmp_path / name)
     assert_same_bits(weights(load_model(tmp_path)), weights(new_model()))

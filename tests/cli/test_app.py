@@ -93,8 +93,8 @@ def test_info_of_a_checkpoint_and_of_a_preset(checkpoint: Path) -> None:
         (["generate", "x", "--model", "MODEL", "--device", "toaster"], "device 'toaster' is unknown"),
         (["generate", "x" * 30000, "--model", "MODEL"], "tokens; the model holds at most 4096"),
         (["train", "missing.toml"], "missing.toml: cannot be read"),
-        (["train", "smoke", "--set", "run.oops=1"], "run.oops: Extra inputs"),
-        (["train", "smoke"], "holds no .jsonl files"),
+        (["train", "smoke", "--set", "run.oops=1"], "run.oops: unknown key"),
+        (["train", "smoke", "--set", "data.corpus=no-such"], "no-such: cannot be read"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

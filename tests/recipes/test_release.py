@@ -12,8 +12,8 @@ import glm5
 from glm5.layers.packed import TiedHead
 from glm5.quantize import Recipe
 from glm5.text.tokenizer import Tokenizer
-from recipes.nano import card
 from glm5.training.loop import Trainer
+from recipes.nano import card
 from recipes.nano.release import CALIBRATION_ROWS, main, release, training_text
 from tests.training.corpus_fixture import tiny_recipe
 

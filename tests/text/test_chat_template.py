@@ -15,17 +15,15 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from glm5.errors import TemplateError
+from glm5.text.chat.messages import check_messages, refuse_control_text, template_messages
 from glm5.text.chat.template import (
     DIALECTS,
     KNOWN_TEMPLATES,
     Piece,
-    check_messages,
     default_template,
     known_dialect,
     pieces_to_text,
-    refuse_control_text,
     render,
-    template_messages,
 )
 from tests.text.tokenizer_fixture import (
     conversations,

@@ -10,8 +10,9 @@ import jinja2
 import pytest
 
 from glm5.errors import TemplateError
+from glm5.text.chat.messages import template_messages
 from glm5.text.chat.sandbox import Limits, render_unknown
-from glm5.text.chat.template import default_template, pieces_to_text, render, template_messages
+from glm5.text.chat.template import default_template, pieces_to_text, render
 
 QUICK = Limits(seconds=2.0)
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from glm5.disk.lock import locked
 from glm5.errors import CheckpointError, TrainingError
 from glm5.layers.loading import load_model
 from glm5.text.tokenizer import Tokenizer
-from glm5.training.heldout import bits_per_byte, heldout_texts, xz_bits_per_byte
-from glm5.training.loop import Trainer
+from glm5.training.corpus import Corpus
+from glm5.training.heldout import bits_per_byte, xz_bits_per_byte
+from glm5.training.loop import StepResult, Trainer
 from glm5.training.snapshots import list_snapshots
 from tests.training.corpus_fixture import tiny_recipe
 
@@ -34,7 +38,7 @@ def test_a_run_learns_and_its_checkpoint_loads(tmp_path: Path) -> None:
     assert len(losses) == 40
     assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
     model, tokenizer = load_model(snapshot), Tokenizer.from_pretrained(snapshot)
-    texts = heldout_texts(recipe.data.corpus)["en"]
+    texts = Corpus(recipe.data.corpus).heldout()["en"]
     score = bits_per_byte(model, tokenizer, texts, recipe.data.sequence_length)
     untrained = load_model(snapshot)
     untrained.reset_parameters(torch.Generator().manual_seed(0))
@@ -98,9 +102,10 @@ def test_killed_run_goes_on_from_its_last_snapshot(tmp_path: Path) -> None:
     trainer = Trainer(recipe)
     assert trainer.step > 0
     assert trainer.step % 3 == 0
-    assert all(json.loads(line)["step"] <= trainer.step
-               for line in (recipe.output / "log.jsonl").read_text().splitlines())  # fmt: skip
-    trainer.train_step(1e-3)
+    _run_until(trainer, trainer.step + 1)
+    steps = [json.loads(line)["step"] for line in (recipe.output / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, trainer.step + 1))
+    assert not list(recipe.output.glob(".step-*"))
 
 
 def test_only_the_newest_snapshots_are_kept_and_none_is_half(tmp_path: Path) -> None:
@@ -114,6 +119,12 @@ def test_published_shape_and_foreign_snapshot(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, run__steps=1)
     Trainer(recipe).train()
     wider = tiny_recipe(tmp_path, run__steps=2, model__moe_intermediate_size=24)
+    with pytest.raises(TrainingError, match=r"has model.moe_intermediate_size = 16, the recipe 24"):
+        Trainer(wider)
+    snapshot = list_snapshots(recipe.output)[-1]  # and of a version that kept no more than the shapes
+    state = json.loads((snapshot / "trainer.json").read_text())
+    del state["identity"]
+    (snapshot / "trainer.json").write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match=r"does not fit the recipe's \[model\]"):
         Trainer(wider)
 
@@ -126,3 +137,123 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="step 0: the loss is nan"):
         trainer.train_step(1e-3)
     assert all(torch.equal(t, before[n]) or "norm" in n for n, t in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"data__sequence_length": 32}, "data.sequence_length"),
+        ({"seed": 4}, "seed"),
+        ({"name": "other"}, "name"),
+        ({"model__num_experts_per_tok": 4}, "model.num_experts_per_tok"),
+        ({"model__rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "model.rope_parameters"),
+        ({"data__attention": "prefix"}, "data.attention"),
+        ({"data__stages": [{"mix": {"en": 1.0}}]}, "data.stages"),
+        ({"optimizer__kind": "adamw"}, "optimizer.kind"),
+    ],
+)
+def test_a_run_that_is_another_run_is_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    Trainer(tiny_recipe(tmp_path, run__steps=1)).train()
+    with pytest.raises(TrainingError, match=rf"has {named} = .*new output directory"):
+        Trainer(tiny_recipe(tmp_path, run__steps=2, **change))
+
+
+def test_another_corpus_or_tokenizer_is_another_run(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, run__steps=1)
+    Trainer(recipe).train()
+    source = tmp_path / "corpus" / "english.jsonl"
+    rows = source.read_text()
+    source.write_text(rows + rows)
+    with pytest.raises(TrainingError, match="source english has changed"):
+        Trainer(recipe)
+    source.write_text(rows.replace("fox", "old dog"))
+    shutil.rmtree(tmp_path / "shards")
+    with pytest.raises(TrainingError, match="another"):
+        Trainer(recipe)
+
+
+def test_what_may_change_between_two_starts(tmp_path: Path) -> None:
+    Trainer(tiny_recipe(tmp_path, run__steps=1)).train()
+    changes = {"run__steps": 2, "optimizer__lr": 1e-4, "loss__mtp": 0.1, "run__batch_rows": 2}
+    trainer = Trainer(tiny_recipe(tmp_path, **changes))
+    assert trainer.step == 1
+    trainer.train()
+
+
+@pytest.mark.parametrize(
+    "tail", [b'{"step": 5, "tok', b"\0" * 64, b"\n", b'{"note": 1}\n', b"\xff\n", b"[]\n"]
+)
+def test_a_torn_log_does_not_stop_a_run(tmp_path: Path, tail: bytes) -> None:
+    recipe = tiny_recipe(tmp_path, run__steps=2)
+    Trainer(recipe).train()
+    log = recipe.output / "log.jsonl"
+    log.write_bytes(log.read_bytes() + tail)
+    Trainer(tiny_recipe(tmp_path, run__steps=3)).train()
+    assert [row["step"] for row in map(json.loads, log.read_text().splitlines())] == [1, 2, 3]
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    first, second = Trainer(recipe), Trainer(recipe)
+    with locked(recipe.output, TrainingError), pytest.raises(TrainingError, match="another process writes"):
+        first.train()
+    first.train()
+    assert second.step == 0
+    second.train()  # takes up what the first has done
+    assert second.step == recipe.run.steps
+    assert len(losses_of(recipe.output)) == recipe.run.steps
+
+
+def test_a_snapshot_that_leads_nowhere_is_set_aside(tmp_path: Path) -> None:
+    hot = {"optimizer__lr": 1e20, "optimizer__warmup": 0, "run__save_every": 1, "run__keep": 1}
+    with pytest.raises(TrainingError, match=r"lower optimizer\.lr"):
+        Trainer(tiny_recipe(tmp_path, **hot)).train()
+    run = tmp_path / "run"
+    assert not list_snapshots(run)
+    assert "NaN" not in (run / "log.jsonl").read_text()
+    Trainer(tiny_recipe(tmp_path)).train()  # as advised
+    assert len(losses_of(run)) == 8
+
+
+def test_a_good_snapshot_is_kept_until_the_next_is_proven(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_recipe(tmp_path, run__save_every=2, run__keep=1))
+    step = trainer.train_step
+
+    def fails_after_four(rate: float) -> StepResult:
+        if trainer.step == 4:
+            raise TrainingError("step 4: the loss is nan")
+        return step(rate)
+
+    trainer.train_step = fails_after_four  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r"step-0000004 leads there and is now .*step-0000004.unusable"):
+        trainer.train()
+    assert [path.name for path in list_snapshots(tmp_path / "run")] == ["step-0000002"]
+
+
+def test_the_last_step_is_evaluated(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, run__steps=3, run__eval_every=2)
+    Trainer(recipe).train()
+    rows = map(json.loads, (recipe.output / "log.jsonl").read_text().splitlines())
+    assert [row["step"] for row in rows if "bits_per_byte" in row] == [2, 3]
+
+
+def test_a_lost_terminal_saves(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_recipe(tmp_path))
+    log = trainer._log
+
+    def hang_up(*args: object) -> None:
+        log(*args)  # type: ignore[arg-type]
+        signal.raise_signal(signal.SIGHUP)
+
+    trainer._log = hang_up  # type: ignore[method-assign]
+    trainer.train()
+    assert [path.name for path in list_snapshots(tmp_path / "run")] == ["step-0000001"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_recipe(tmp_path))
+    with torch.no_grad():
+        trainer.model.model.norm.weight[0] = float("inf")
+    with pytest.raises(TrainingError, match=r"model\.norm\.weight is not finite"):
+        trainer.save()
+    assert not (tmp_path / "run").exists()

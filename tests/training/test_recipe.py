@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,11 +22,20 @@ def test_shipped_recipes_are_valid(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("run.stepz=3", "run.stepz: Extra inputs"),
+        ("run.stepz=3", "run.stepz: unknown key; did you mean steps?"),
         ("run.steps=0", "run.steps"),
         ("run.steps=many", "run.steps"),
         ("optimizer.kind=sgd", "optimizer.kind"),
-        ("surprise=1", "surprise: Extra inputs"),
+        ("surprise=1", "surprise: unknown key"),
+        ("data.stages=[{untill=1.0, mix={en=1}}]", "data.stages.0.untill: unknown key; did you mean until?"),
+        ("data.stages=[{mix={en=nan}}]", "data.stages.0.mix.en: Input should be a finite number"),
+        ("loss.bias_update=inf", "loss.bias_update: Input should be a finite number"),
+        ("optimizer.lr=inf", "optimizer.lr: Input should be a finite number"),
+        ("optimizer.betas=[1.5, 0.9]", "optimizer.betas.0"),
+        ("seed=-1", "seed"),
+        ("seed=99999999999999999999999", "seed"),
+        ("run.threads=100000", "run.threads"),
+        ("name='..'", "name"),
         ("data.stages=[]", "data.stages"),
         ("data.stages=[{until=0.5, mix={en=1}}]", "stages' `until` must rise and end at 1.0"),
         ("data.stages=[{mix={en=-1}}]", "weights >= 0"),
@@ -44,6 +54,27 @@ def test_impossible_model_is_refused_by_key() -> None:
     recipe = read_recipe("smoke", {"model.num_experts_per_tok": 99})
     with pytest.raises(RecipeError, match="num_experts_per_tok 99"):
         recipe.model_config_for(2048, (1,), 0)
+
+
+def test_all_problems_are_named_at_once() -> None:
+    with pytest.raises(RecipeError) as error:
+        read_recipe("smoke", {"run.stepz": 3, "optimizer.lr": -1.0})
+    assert "run.stepz" in str(error.value)
+    assert "optimizer.lr" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.n_routed_expert": 16}, "model.n_routed_expert: unknown key; did you mean n_routed_experts?"),
+        ({"data.sequence_length": 1024}, "1024 is more than model.max_position_embeddings 512"),
+        ({"model.hidden_size": "abc"}, "hidden_size"),
+    ],
+)  # fmt: skip
+def test_the_model_section_is_checked_before_any_work(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        read_recipe("smoke", change).check_model()
+    assert message in str(error.value)
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:

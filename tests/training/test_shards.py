@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from glm5.errors import RecipeError, TokenizerError
+from glm5.errors import TokenizerError, TrainingError
 from glm5.text.bpe import train_bpe
 from glm5.text.control_tokens import ENDOFTEXT, SPECIAL_TOKENS, USER
+from glm5.training.corpus import Corpus
 from glm5.training.shards import build_shards, encode_row, open_shards, sample_texts
 from tests.training.corpus_fixture import write_corpus
 
 
 def test_bpe_has_the_glm_layout(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus")
+    corpus = Corpus(write_corpus(tmp_path / "corpus"))
     tokenizer = train_bpe(sample_texts(corpus, 10), 400)
     assert tokenizer.vocab_size == 400
     first = 400 - len(SPECIAL_TOKENS)
@@ -31,13 +32,13 @@ def test_bpe_refuses_too_little_text() -> None:
 
 
 def test_shards_hold_the_corpus(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus")
+    corpus = Corpus(write_corpus(tmp_path / "corpus"))
     tokenizer = train_bpe(sample_texts(corpus, 10), 400)
     said: list[str] = []
     infos = build_shards(corpus, tmp_path / "shards", tokenizer, said.append)
     assert len(said) == 3
     for shard in open_shards(tmp_path / "shards", infos, tokenizer.vocab_size):
-        rows = [json.loads(line) for line in (corpus / f"{shard.info.source}.jsonl").open()]
+        rows = [json.loads(line) for line in (corpus.directory / f"{shard.info.source}.jsonl").open()]
         assert len(rows) == shard.info.documents == len(shard.documents)
         assert shard.info.licence == rows[0]["licence"]
         for row, (start, end, prompt) in zip(rows, shard.documents.tolist(), strict=True):
@@ -49,7 +50,7 @@ def test_shards_hold_the_corpus(tmp_path: Path) -> None:
 
 
 def test_rows_end_with_the_token_that_ends_them(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus")
+    corpus = Corpus(write_corpus(tmp_path / "corpus"))
     tokenizer = train_bpe(sample_texts(corpus, 10), 400)
     ids, prompt = encode_row({"text": "fox"}, tokenizer)
     assert (ids[-1], prompt) == (tokenizer.control_ids[ENDOFTEXT], 0)
@@ -62,14 +63,15 @@ def test_rows_end_with_the_token_that_ends_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"other": 1}'])
 def test_bad_lines_are_named(tmp_path: Path, line: str) -> None:
-    corpus = write_corpus(tmp_path / "corpus")
+    corpus = Corpus(write_corpus(tmp_path / "corpus"))
     tokenizer = train_bpe(sample_texts(corpus, 10), 400)
-    (corpus / "bad.jsonl").write_text('{"text": "fine", "language": "en"}\n' + line + "\n")
-    with pytest.raises(RecipeError, match=r"bad.jsonl: line 2 "):
+    (corpus.directory / "bad.jsonl").write_text('{"text": "fine", "language": "en"}\n' + line + "\n")
+    corpus = Corpus(corpus.directory)
+    with pytest.raises(TrainingError, match=r"bad.jsonl: line 2 "):
         build_shards(corpus, tmp_path / "shards", tokenizer, lambda message: None)
     assert not list((tmp_path / "shards").glob("bad.*"))
 
 
 def test_an_empty_corpus_says_how_to_build_one(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"recipes.nano.build"):
-        list(sample_texts(tmp_path, 1))
+    with pytest.raises(TrainingError, match=r"recipes.nano.build"):
+        Corpus(tmp_path)

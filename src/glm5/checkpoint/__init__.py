@@ -1,6 +1,7 @@
 """Checkpoint directories in and out: the Hugging Face layout, in every form that `glm5.formats` knows.
 
-`Checkpoint` is a directory opened once; `plan_reads` and `fill` go from it to memory; `save_model` writes one.
+`Checkpoint` is a directory opened once; `plan_reads` and `fill` go from it to memory; `save_model` writes
+one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The logical weights of a directory, however they are stored: each by itself, or in the bank of its layer."""
+"""The logical weights of a directory, stored one by one or in the bank of a layer."""
 
 from __future__ import annotations
 

@@ -158,8 +158,12 @@ class _Blocks:
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype)
-    if dtype == torch.float16 and bool((cast.isinf() & tensor.isfinite()).any()):
-        raise CheckpointError(f"{name}: a weight is past 65504 and cannot be stored in fp16; use bf16")
+    if dtype != torch.float32 and bool((cast.isinf() & tensor.isfinite()).any()):
+        largest, other = ("65504", "bf16") if dtype == torch.float16 else ("3.39e38", "fp32")
+        kind = "fp16" if dtype == torch.float16 else "bf16"
+        raise CheckpointError(
+            f"{name}: a weight is past {largest} and cannot be stored in {kind}; use {other}"
+        )
     return cast
 
 

@@ -38,7 +38,7 @@ def read_text(path: Path, *, limit: int = MAX_BYTES, error: type[Glm5Error] = Ch
             raise error(f"{path}: is not a regular file")
         if info.st_size > limit:
             raise error(
-                f"{path}: {info.st_size / 2**20:.0f} MiB, more than the {limit >> 20} MiB such a file can have"
+                f"{path}: {info.st_size / 2**20:.0f} MiB, more than the {limit >> 20} MiB it can have"
             )
         with path.open("rb") as file:
             data = file.read(limit + 1)
@@ -47,5 +47,5 @@ def read_text(path: Path, *, limit: int = MAX_BYTES, error: type[Glm5Error] = Ch
         raise error(f"{path}: no such file; a checkpoint directory needs one") from None
     except UnicodeDecodeError as problem:
         raise error(f"{path}: not UTF-8 at byte {problem.start}; not valid JSON or text") from None
-    except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem.strerror})") from None
+    except (OSError, ValueError) as problem:  # ValueError: a name with a NUL
+        raise error(f"{path}: cannot be read ({getattr(problem, 'strerror', problem)})") from None

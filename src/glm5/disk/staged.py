@@ -30,11 +30,20 @@ def staged(directory: Path, belongs: Callable[[str], bool]) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk refuses; unless files were being moved already, nothing is changed.
     """
-    staging, whole = directory / STAGING, False
+    final, whole = directory / STAGING, False
+    # What an interrupted save left may be the only whole copy: it stays until the new one is whole.
+    staging = directory / f"{STAGING}-new" if _is_interrupted(directory) else final
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         yield staging
+        in_the_way = next((p for p in staging.iterdir() if (directory / p.name).is_dir()), None)
+        if in_the_way is not None:
+            raise CheckpointError(f"{directory / in_the_way.name}: is a directory; move it away first")
+        if staging != final:
+            shutil.rmtree(final)
+            os.replace(staging, final)
+            staging = final
         whole = True
     except OSError as error:
         raise CheckpointError(
@@ -70,9 +79,13 @@ def _move_up(staging: Path, directory: Path, belongs: Callable[[str], bool]) -> 
     staging.rmdir()
 
 
+def _is_interrupted(directory: Path) -> bool:
+    return (directory / STAGING / SEAL).is_file() and not (directory / SEAL).exists()
+
+
 def refuse_interrupted(directory: Path) -> None:
     """Raise CheckpointError when a crash left staged files that were being moved."""
-    if (directory / STAGING / SEAL).is_file() and not (directory / SEAL).exists():
+    if _is_interrupted(directory):
         raise CheckpointError(
             f"{directory}: a save was cut off while it moved its files into place; "
             f"move those in {STAGING} up, {SEAL} last, or save again"

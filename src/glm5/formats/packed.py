@@ -1,4 +1,4 @@
-"""Symmetric integers as compressed-tensors' pack-quantized layout has them: the scheme, and where a matrix lies."""
+"""Symmetric integers in compressed-tensors' pack-quantized layout: the scheme, and where a matrix lies."""
 
 from __future__ import annotations
 

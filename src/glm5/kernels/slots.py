@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Slots(NamedTuple):
-    """Chosen cache slots of N queries: int32 [N, K] in rising order, of which `counts` int32 [N] are valid."""
+    """Chosen cache slots of N queries: int32 [N, K], rising; the first `counts` (int32 [N]) are valid."""
 
     slots: Tensor | None  # None: the first `counts` slots
     counts: Tensor

@@ -1,1 +1,1 @@
-"""What the network is made of when it runs: packed and native modules for its three seams, and the table that swaps them in."""
+"""Packed and native modules for the three seams of the network, and the table that swaps them in."""

@@ -1,8 +1,9 @@
 """A decoder layer in one native call, for any number of tokens: prompts, chunks of them, single tokens.
 
 It is the only way a layer runs on the CPU without gradients, so that how tokens are grouped into calls
-changes no bit. Between its two ends everything is fp32; in a bf16 model the residual stream is rounded once a
-layer. With gradients, on other devices and for other dtypes the modules run one by one, as the paper has them.
+changes no bit. Between its two ends everything is fp32; in a bf16 model the residual stream is rounded once
+a layer. With gradients, on other devices and for other dtypes the modules run one by one, as the paper has
+them.
 """
 
 from __future__ import annotations
@@ -44,23 +45,28 @@ class FusedLayer(Movable, DecoderLayer):
         )
 
     @property
-    def handle(self) -> cpu.DecoderLayer:
-        found: cpu.DecoderLayer = self.kept("handle", lambda: layer_handle(self))
+    def handle(self) -> cpu.DecoderLayer | None:
+        """The weights as the library takes them; None once a part is replaced by one it does not know."""
+        found: cpu.DecoderLayer | None = self.kept(
+            "handle", lambda: (layer_handle(self) if can_fuse(self) else None,)
+        )[0]
         return found
 
     def forward(
         self, x_BTD: Tensor, step: Step, selection: Selection | None
     ) -> tuple[Tensor, Selection | None]:
-        if not runs_natively(x_BTD) or self.input_layernorm.weight.device.type != "cpu":
+        on_cpu = runs_natively(x_BTD) and self.input_layernorm.weight.device.type == "cpu"
+        handle = self.handle if on_cpu else None
+        if handle is None:
             return super().forward(x_BTD, step, selection)
-        probe, handle = step.probe, self.handle
+        probe = step.probe
         if probe is not None and probe.hears("attention_input"):
             probe.attention_input(self.index, self.input_layernorm(x_BTD))
         run = _pass_of(x_BTD, step)
         rows = cache_rows(step.layer_cache(self.index), handle, x_BTD)
         slots = found = None
         if rows.index_keys is not None:
-            found = self._room_for_choice(run)
+            found = _room_for_choice(run, handle.sizes["topk"])
         elif selection is not None:
             slots = slots_of(selection)
         told = None
@@ -76,23 +82,13 @@ class FusedLayer(Movable, DecoderLayer):
             probe.hidden(self.index, out)
         return out, selection if rows.index_keys is None else found
 
-    def _room_for_choice(self, run: cpu.Pass) -> SlotSelection | None:
-        topk = self.handle.sizes["topk"]
-        if run.keys <= topk:
-            return None
-        count = run.shape[0] * run.shape[1]
-        slots = torch.zeros(count, topk, dtype=torch.int32)
-        return SlotSelection(
-            Slots(slots, torch.empty(count, dtype=torch.int32)), run.shape[0], run.keys, topk
-        )
-
     def _feed(self, x: Tensor, step: Step) -> Tensor:
         """The feed-forward half where the library does not hold all of it: x fp32, every sum in its order."""
         norm = self.post_attention_layernorm
         normed = cpu.rms_norm(x, norm.weight.detach().float(), norm.eps)
         mlp = self.mlp
         if not isinstance(mlp, MixtureOfExperts):
-            return x + mlp(normed)
+            return x + mlp(normed.to(norm.weight.dtype)).float()
         rows = normed.flatten(0, 1)
         told = self.kept("router", lambda: _router(mlp)).route(rows)
         if step.probe is not None:
@@ -100,8 +96,19 @@ class FusedLayer(Movable, DecoderLayer):
         out = mlp.experts(rows, told.ids, told.weights)
         if mlp.shared_experts is not None:
             shared = self.kept("shared", lambda: feed_handle(mlp.shared_experts))
-            out = out + (mlp.shared_experts(rows) if shared is None else shared(rows))
+            out = out + (
+                mlp.shared_experts(rows.to(norm.weight.dtype)).float() if shared is None else shared(rows)
+            )
         return out.view_as(x) + x
+
+
+def _room_for_choice(run: cpu.Pass, topk: int) -> SlotSelection | None:
+    """Where the indexer writes what it chooses; None where every key is kept."""
+    if run.keys <= topk:
+        return None
+    count = run.shape[0] * run.shape[1]
+    chosen = Slots(torch.zeros(count, topk, dtype=torch.int32), torch.empty(count, dtype=torch.int32))
+    return SlotSelection(chosen, run.shape[0], run.keys, topk)
 
 
 def _pass_of(x: Tensor, step: Step) -> cpu.Pass:
@@ -138,6 +145,8 @@ def can_fuse(layer: DecoderLayer) -> bool:
     linears = [m for m in attention.modules() if isinstance(m, nn.Linear | PackedLinear)]
     if not all(isinstance(module, NativeLinear | PackedLinear) for module in linears):
         return False
+    if any(module.bias is not None for module in _without_bias(attention)):
+        return False
     if isinstance(attention, GroupedQueryAttention):
         return type(attention) is GroupedQueryAttention
     if type(attention) is not MultiHeadLatentAttention or not attention.interleaved:
@@ -147,6 +156,16 @@ def can_fuse(layer: DecoderLayer) -> bool:
         return True
     fits = indexer.num_heads <= cpu.MAX_INDEX_HEADS and indexer.head_dim <= cpu.MAX_INDEX_WIDTH
     return fits and indexer.interleaved
+
+
+def _without_bias(attention: Any) -> list[Any]:
+    """Linear layers that have none in any GLM, and whose bias the library would not read."""
+    if isinstance(attention, GroupedQueryAttention):
+        return [attention.o_proj]
+    indexer = [] if attention.indexer is None else [attention.indexer.wq_b, attention.indexer.wk]
+    second = [] if attention.q_a_proj is None else [attention.q_b_proj]
+    weights = [] if attention.indexer is None else [attention.indexer.weights_proj]
+    return [attention.kv_b_proj, *second, *indexer, *weights]
 
 
 def layer_handle(layer: DecoderLayer) -> cpu.DecoderLayer:
@@ -171,8 +190,9 @@ def _latent(attention: Any) -> tuple[dict[str, cpu.Matrix], dict[str, Tensor], d
     }
     vectors = {"kv_norm": attention.kv_a_layernorm.weight}
     sizes = {
-        "grouped": False, "heads": attention.num_heads, "nope": attention.nope_dim, "rotary": attention.rotary_dim,
-        "latent": attention.latent_dim, "value": attention.value_dim, "scale": attention.scale,
+        "grouped": False, "heads": attention.num_heads, "nope": attention.nope_dim,
+        "rotary": attention.rotary_dim, "latent": attention.latent_dim,
+        "value": attention.value_dim, "scale": attention.scale,
         "head_eps": attention.kv_a_layernorm.eps, "index_heads": 0, "index_width": 0, "topk": 0,
     }  # fmt: skip
     if attention.q_a_proj is not None:
@@ -252,7 +272,7 @@ def _set_router(layer: cpu.MoeLayer, mlp: MixtureOfExperts) -> None:
 
 def _feed(mlp: MLP) -> tuple[cpu.Matrix, cpu.Matrix, cpu.Matrix] | None:
     modules: list[Any] = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    if not all(isinstance(module, NativeLinear | PackedLinear) for module in modules):
+    if not all(isinstance(m, NativeLinear | PackedLinear) and m.bias is None for m in modules):
         return None
     gate, up, down = (module.matrix for module in modules)
     return gate, up, down

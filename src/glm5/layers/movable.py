@@ -1,8 +1,10 @@
 """What native modules keep beside their weights, and when it is made anew.
 
-A native module computes from the memory that its parameters and buffers have. Values may change there at any
-time. Where a parameter, buffer or module is replaced, or the model is moved, cast, copied or pickled, handles
-are made again; assigning `parameter.data` is the one change that nobody hears of.
+A native module computes from the memory that its parameters and buffers have. Values may change there at
+any time. Where a parameter, buffer or module is assigned, or the model is moved, cast, copied or pickled,
+handles are made again. Nobody hears of `parameter.data = ...`, of tensors put in by
+`torch.func.functional_call`, and of `.to()` on a router or LayerNorm by itself: move the model, or its
+decoder layer.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ def runs_natively(x: Tensor) -> bool:
 
 
 class _Epoch:
-    """Counts the replacements of parameters, buffers and modules anywhere: a cheap question before each call."""
+    """Counts the replacements of parameters, buffers and modules anywhere: cheap to ask before each call."""
 
     count = 0
     listening = False
@@ -46,7 +48,7 @@ class Movable(nn.Module):
 
     def kept(self, name: str, make: Any) -> Any:
         """The handle `name`, made by `make()` when there is none of now."""
-        handles = self.__dict__.get("_handles")
+        handles: tuple[int, dict[str, Any]] | None = self.__dict__.get("_handles")
         if not _Epoch.listening:
             _Epoch.listen()
         if handles is None or handles[0] != _Epoch.count:
@@ -61,5 +63,11 @@ class Movable(nn.Module):
         _Epoch.pass_on()
         return result
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if value is None:  # torch tells its hooks of tensors only
+            _Epoch.pass_on()
+
     def __getstate__(self) -> dict[str, Any]:
+        _Epoch.pass_on()  # pickling for another process moves the memory
         return {name: value for name, value in self.__dict__.items() if name != "_handles"}

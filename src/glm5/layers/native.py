@@ -29,7 +29,7 @@ class NativeLinear(Movable, Linear):
     @property
     def matrix(self) -> cpu.Matrix:
         """For the native kernels; its memory is the parameter's."""
-        found: cpu.Matrix = self.kept("matrix", lambda: cpu.Matrix(self.weight.detach()))
+        found: cpu.Matrix = self.kept("matrix", lambda: cpu.Matrix(self.weight.detach().contiguous()))
         return found
 
     def forward(self, input: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def swap(model: GlmForCausalLM, device: torch.device, scheme_of: SchemeOf | None
         if make is not None:
             _set(model, path, make(module))
     if model.config.tie_word_embeddings and isinstance(model.lm_head, NativeLinear):
-        model.lm_head.weight = model.model.embed_tokens.weight  # type: ignore[assignment]
+        model.lm_head.weight = model.model.embed_tokens.weight
     if device.type in WHOLE_LAYERS:
         make_layer, applies = WHOLE_LAYERS[device.type]
         for path, module in list(model.named_modules()):
@@ -112,7 +112,8 @@ def _pack(model: GlmForCausalLM, scheme_of: SchemeOf) -> list[Target]:
                 found += _expert_targets(_disk_module(model, path), experts)
         elif isinstance(module, Linear):
             name = _disk_module(model, path)
-            scheme = scheme_of(name)
+            tied = name == "lm_head" and model.config.tie_word_embeddings
+            scheme = None if tied else scheme_of(name)
             if scheme is not None and scheme.fits(module.in_features):
                 layer = PackedLinear(module.in_features, module.out_features, scheme, module.bias)
                 _set(model, path, layer)

@@ -67,6 +67,8 @@ def visibility(queries: TokenPositions, keys: TokenPositions) -> Visibility:
     mask = keys.positions.unsqueeze(1) <= queries.positions.unsqueeze(2)
     if keys.prefix is not None:
         mask = mask | keys.prefix.unsqueeze(1)
+    else:  # positions that a caller made up do not let anybody see ahead
+        mask = mask & mask.new_ones(num_queries, num_keys).tril(num_keys - num_queries)
     if keys.documents is not None and queries.documents is not None:
         mask = mask & (keys.documents.unsqueeze(1) == queries.documents.unsqueeze(2))
     if keys.valid is not None:

@@ -117,8 +117,9 @@ class GlmForCausalLM(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Normal(0, initializer_range) matrices, unit norms, zero biases; every part does its own."""
         for module in self.modules():
-            if hasattr(module, "initialize"):
-                module.initialize(self.config.initializer_range, generator)
+            initialize = getattr(module, "initialize", None)
+            if callable(initialize):
+                initialize(self.config.initializer_range, generator)
 
     def mtp_layers(self) -> list[MTPLayer]:
         return list(self.mtp)  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ class Calibration:
 
 
 def shipped_text() -> str:
-    path = resources.files("glm5.quantize").joinpath("calibration_text", "default.txt")
+    path = resources.files("glm5.text").joinpath("samples", "default.txt")
     return path.read_text(encoding="utf-8")
 
 

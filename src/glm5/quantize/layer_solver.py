@@ -49,14 +49,21 @@ HessianOf = Callable[[str, int], Hessian]  # (first of the layers that share the
 class LayerSolver:
     """Fills a decoder layer that lies on the meta device, rounding what the recipe rounds.
 
-    owner: the layer, or the MTP layer that it is a part of. prefix: of the weights' names on disk. What is solved goes to `results`, and is not solved again.
-    tell: called with each weight that has its codes.
+    owner: the layer, or the MTP layer that it is a part of. prefix: of the weights' names on disk. What is
+    solved goes to `results`, and is not solved again. tell: called with each weight that has its codes.
     """
 
     def __init__(
-        self, layer: DecoderLayer, owner: nn.Module, prefix: str, source: WeightSource, items: dict[str, Item],
-        results: Results, dampening_frac: float, tell: Callable[[Item], None],
-    ) -> None:  # fmt: skip
+        self,
+        layer: DecoderLayer,
+        owner: nn.Module,
+        prefix: str,
+        source: WeightSource,
+        items: dict[str, Item],
+        results: Results,
+        dampening_frac: float,
+        tell: Callable[[Item], None],
+    ) -> None:
         self._layer, self._prefix = layer, prefix
         self._source, self._items, self._results = source, items, results
         self._dampening_frac, self._tell = dampening_frac, tell

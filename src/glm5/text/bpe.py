@@ -7,14 +7,9 @@ from collections.abc import Iterable
 from glm5.errors import TokenizerError
 from glm5.text.chat.template import default_template
 from glm5.text.control_tokens import ENDOFTEXT, SPECIAL_TOKENS
+from glm5.text.split import GLM_SPLIT
 from glm5.text.tokenizer import Tokenizer
 
-# Contractions, words with one leading mark, digits in groups of 1-3, punctuation runs, line ends:
-# the split of GLM-4 and GLM-5 (`LLAMA_VOCAB_PRE_TYPE_CHATGLM4` in llama.cpp).
-GLM_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # As in the published files: control tokens that a decoder shows.
 _SHOWN = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
           "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")  # fmt: skip

@@ -2,7 +2,7 @@
 
 Knows tokenizer.json, tokenizer_config.json and chat_template.jinja of a checkpoint directory;
 what a user writes is encoded by a vocabulary without control tokens, so it can never become one.
-Leaves the chat formats to `chat_template` and unproven templates to `template_sandbox`.
+Leaves the chat formats to `chat/template` and unproven templates to `chat/own`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import codecs
 import json
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm5.disk.files import write_atomic
+from glm5.disk.json_file import read_json, read_text
 from glm5.errors import TemplateError, TokenizerError
+from glm5.text.chat.own import render_own
 from glm5.text.chat.template import (
     DIALECTS,
     SOFT_SWITCH,
@@ -25,9 +26,7 @@ from glm5.text.chat.template import (
     Piece,
     known_dialect,
     pieces_to_text,
-    refuse_control_text,
     render,
-    template_messages,
     template_sha256,
 )
 from glm5.text.control_tokens import ENDOFTEXT, EOS_TOKENS
@@ -132,7 +131,7 @@ class Tokenizer:
 
         directory = Path(directory)
         path = directory / TOKENIZER_FILE
-        text = _read_text(path)
+        text = read_text(path, limit=_MAX_BYTES[TOKENIZER_FILE], error=TokenizerError)
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except (KeyboardInterrupt, SystemExit):
@@ -352,9 +351,17 @@ class Tokenizer:
         `return_tensors="pt"` gives [1, T]; `return_dict` gives a BatchEncoding. Raises
         TemplateError naming the message and key that cannot be rendered.
         """
-        if self.dialect is not None:
-            if extra:
-                raise TemplateError(f"chat template has no option {sorted(extra)[0]!r}")
+        if self.dialect is None:
+            options = extra | {
+                "add_generation_prompt": add_generation_prompt,
+                "enable_thinking": enable_thinking,
+                "clear_thinking": clear_thinking,
+                "reasoning_effort": reasoning_effort,
+            }
+            pieces = self._own_pieces(messages, tools, options)
+        elif extra:
+            raise TemplateError(f"chat template has no option {sorted(extra)[0]!r}")
+        else:
             pieces = render(
                 messages,
                 tools,
@@ -364,16 +371,6 @@ class Tokenizer:
                 clear_thinking=clear_thinking,
                 reasoning_effort=reasoning_effort,
             )
-        else:
-            options = extra | {
-                "add_generation_prompt": add_generation_prompt,
-                "enable_thinking": enable_thinking,
-            }
-            if clear_thinking is not None:
-                options["clear_thinking"] = clear_thinking
-            if reasoning_effort is not None:
-                options["reasoning_effort"] = reasoning_effort
-            pieces = self._render_unknown(messages, tools, options)
         chat = RenderedChat(pieces)
         if not tokenize:
             return chat
@@ -383,40 +380,23 @@ class Tokenizer:
         ids = self.encode(chat)
         return ids if return_tensors is None else _tensor([ids], return_tensors)
 
-    def _render_unknown(
+    def _own_pieces(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
-        options: dict[str, Any],
+        options: Mapping[str, Any],
     ) -> list[Piece]:
-        """Render with the checkpoint's own template, of which nothing is known.
-
-        Its output is one string: control tokens in it are taken for the frame's. That is why
-        messages and tools that spell one are refused here.
-        """
-        from glm5.text.chat.sandbox import render_unknown
-
         source = str(Path(self.source).with_name(TEMPLATE_FILE))
         if self.chat_template is None:
             raise TemplateError(f"{source}: there is no chat template; pass dialect= ({', '.join(DIALECTS)})")
-        shaped = template_messages(messages)
-        refuse_control_text(shaped, self.control_ids, "messages")
-        refuse_control_text(tools, self.control_ids, "tools")
         named = {
             f"{kind}_token": _token_name(self.config.get(f"{kind}_token")) for kind in ("bos", "eos", "pad")
         }
-        variables = {key: value for key, value in named.items() if value} | options
-        variables |= {"messages": shaped, "tools": list(tools) if tools else None}
-        text = render_unknown(self.chat_template, variables, source=source)
-        return self._split_control(text)
-
-    def _split_control(self, text: str) -> list[Piece]:
-        # Longest first: the order in which the BPE's own matcher prefers added tokens.
-        tokens = sorted(self.control_ids, key=len, reverse=True)
-        if not tokens:
-            return [Piece(text, False)]
-        pattern = "(" + "|".join(map(re.escape, tokens)) + ")"
-        return [Piece(part, index % 2 == 1) for index, part in enumerate(re.split(pattern, text)) if part]
+        given = {key: value for key, value in named.items() if value}
+        given |= {key: value for key, value in options.items() if value is not None}
+        return render_own(
+            self.chat_template, messages, tools, given, control_tokens=self.control_ids, source=source
+        )
 
 
 class StreamDecoder:
@@ -486,40 +466,14 @@ def _tensor(rows: list[list[int]], kind: str) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def _read_text(path: Path) -> str:
-    limit = _MAX_BYTES[path.name]
-    try:
-        size = path.stat().st_size
-        if size > limit:
-            raise TokenizerError(
-                f"{path}: {size / 2**20:.0f} MiB, more than the {limit >> 20} MiB such a file "
-                "can have; it is not a GLM file"
-            )
-        return path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise TokenizerError(f"{path}: missing; a checkpoint needs it, download it again") from None
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path}: not UTF-8 at byte {error.start}; download it again") from None
-    except OSError as error:
-        raise TokenizerError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        config = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not JSON: {error}; download it again") from None
-    if not isinstance(config, dict):
-        raise TokenizerError(f"{path}: must hold a JSON object, not {type(config).__name__}")
-    return config
+    return read_json(path, limit=_MAX_BYTES[CONFIG_FILE], error=TokenizerError) if path.exists() else {}
 
 
 def _read_template(path: Path, configured: Any) -> str | None:
     """The chat template: its own file first, else the one in tokenizer_config.json."""
     if path.exists():
-        return _read_text(path)
+        return read_text(path, limit=_MAX_BYTES[TEMPLATE_FILE], error=TokenizerError)
     if isinstance(configured, list):  # named templates, an older habit
         named = {t.get("name"): t.get("template") for t in configured if isinstance(t, dict)}
         configured = named.get("default")

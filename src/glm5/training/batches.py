@@ -17,6 +17,7 @@ from torch import Tensor
 
 from glm5.errors import RecipeError
 from glm5.text.tokenizer import Tokenizer
+from glm5.training.corpus import Corpus
 from glm5.training.recipe import Recipe, Stage
 from glm5.training.shards import Shard, build_shards, open_shards
 
@@ -37,7 +38,7 @@ class Batch:
 
 def batches_of(recipe: Recipe, tokenizer: Tokenizer, rows: int, say: Callable[[str], None]) -> PackedBatches:
     """Batches of a recipe's own mix; encodes what of its corpus is not encoded yet."""
-    infos = build_shards(recipe.data.corpus, recipe.shard_dir, tokenizer, say)
+    infos = build_shards(Corpus(recipe.data.corpus), recipe.shard_dir, tokenizer, say)
     return PackedBatches(
         open_shards(recipe.shard_dir, infos, tokenizer.vocab_size),
         recipe.data.stages,

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import lzma
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from glm5.errors import RecipeError
 from glm5.model.transformer import GlmForCausalLM
 from glm5.text.control_tokens import GMASK, SOP
 from glm5.text.tokenizer import Tokenizer
-
-
-def heldout_texts(corpus: Path) -> dict[str, list[str]]:
-    """Held-out documents by language, from `heldout/*.jsonl` of a corpus directory."""
-    texts: dict[str, list[str]] = {}
-    for file in sorted((corpus / "heldout").glob("*.jsonl")):
-        with file.open(encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                texts.setdefault(row["language"], []).append(row["text"])
-    if not texts:
-        raise RecipeError(f"{corpus}/heldout: holds no .jsonl files; build the corpora again")
-    return texts
 
 
 @torch.no_grad()

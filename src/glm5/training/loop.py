@@ -6,7 +6,7 @@ the losses of one that never stopped (same machine, same number of threads).
 
 from __future__ import annotations
 
-import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -18,21 +18,34 @@ from typing import Any
 
 import torch
 
-from glm5.disk.files import write_atomic
+from glm5.disk.lock import locked
 from glm5.errors import TrainingError
 from glm5.layers.swap import swap_for_training
 from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.memory import keep_freed_memory
 from glm5.text.bpe import train_bpe
 from glm5.text.tokenizer import Tokenizer
-from glm5.training import heldout, losses
+from glm5.training import losses
 from glm5.training.batches import batches_of
+from glm5.training.corpus import Corpus
+from glm5.training.heldout import bits_per_byte
+from glm5.training.identity import check_identity, identity_of
+from glm5.training.log import RunLog
 from glm5.training.objective import Objective
 from glm5.training.optimizers import build_optimizers, learning_rate
-from glm5.training.progress import Report
+from glm5.training.progress import Report, StepBar
 from glm5.training.recipe import Recipe
-from glm5.training.shards import corpus_files, sample_texts
-from glm5.training.snapshots import list_snapshots, load_snapshot, save_snapshot
+from glm5.training.shards import sample_texts
+from glm5.training.snapshots import (
+    STATE_FILE,
+    list_snapshots,
+    load_snapshot,
+    prune,
+    read_state,
+    remove_unfinished,
+    save_snapshot,
+    set_aside,
+)
 
 LOG_FILE = "log.jsonl"
 
@@ -59,8 +72,9 @@ class Trainer:
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
         keep_freed_memory(of_any_size=True)
-        corpus_files(recipe.data.corpus)  # what is missing is said before any work is done
-        heldout.heldout_texts(recipe.data.corpus)
+        recipe.check_model()  # what is missing or impossible is said before any work is done
+        self.corpus = Corpus(recipe.data.corpus)
+        self.heldout = self.corpus.heldout()
         self.tokenizer = self._tokenizer()
         self.batches = batches_of(recipe, self.tokenizer, recipe.run.batch_rows, self.report.say)
         config = recipe.model_config_for(
@@ -73,34 +87,63 @@ class Trainer:
             layer.gate.expert_dropout = recipe.loss.expert_dropout
         self.objective = Objective(self.model, recipe.loss, bf16=recipe.run.precision == "bf16")
         self.optimizers = build_optimizers(self.model, recipe.optimizer)
+        self.identity = identity_of(recipe, self.tokenizer, self.batches.shards.values())
+        self.log = RunLog(recipe.output / LOG_FILE)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
+        self._came_from: Path | None = None  # the snapshot the weights are those of, until the next step
         self._resume()
 
     # ---------------------------------------------------------------- the run
 
     def train(self) -> Path:
-        """Run to the end, or to Ctrl-C; returns the directory of the last snapshot."""
-        run = self.recipe.run
-        if self.step >= run.steps and (snapshots := list_snapshots(self.recipe.output)):
-            self.report.say(f"all {run.steps} steps are done")
-            return snapshots[-1]
-        with _interruptible() as interrupt, self.report.running(self.step, run.steps) as progress:
-            while self.step < run.steps and not interrupt.asked:
-                started = time.perf_counter()
-                rate = learning_rate(self.recipe.optimizer, self.step, run.steps)
-                result = self.train_step(rate)
-                self.step += 1
-                self.tokens += run.batch_rows * self.recipe.data.sequence_length
-                self.seconds += time.perf_counter() - started
-                self._log(result, rate)
-                progress.advance(self.step, self.tokens, result.loss)
-                if self.step % run.eval_every == 0 and self.step < run.steps:
-                    self._evaluate()
-                if self.step % run.save_every == 0 and self.step < run.steps:
-                    self.save()
-        return self.save()
+        """Run to the end, or to Ctrl-C; returns the directory of the last snapshot.
+
+        Raises TrainingError when another process trains in the output directory now, and for a step that
+        is not finite. When that step came right after a snapshot, the snapshot is set aside as well.
+        """
+        recipe, run = self.recipe, self.recipe.run
+        with locked(recipe.output, TrainingError):
+            remove_unfinished(recipe.output)
+            newest = list_snapshots(recipe.output)[-1:]
+            if newest and newest[0] != self._came_from:
+                self._resume()  # another process was here between the start of this one and now
+            if self.step >= run.steps and newest:
+                self.report.say(f"all {run.steps} steps are done")
+                return newest[0]
+            if lost := self.log.cut(self.step):
+                self.report.say(f"{self.log.path}: left out {lost} damaged line(s)")
+            with _interruptible() as interrupt, self.report.running(self.step, run.steps) as progress:
+                while self.step < run.steps and not interrupt.asked:
+                    self._one_step(progress)
+            last = self.save()
+            if self.step == run.steps:  # it was evaluated
+                prune(recipe.output, run.keep)
+            return last
+
+    def _one_step(self, progress: StepBar) -> None:
+        recipe, run = self.recipe, self.recipe.run
+        started = time.perf_counter()
+        rate = learning_rate(recipe.optimizer, self.step, run.steps)
+        try:
+            result = self.train_step(rate)
+        except TrainingError as error:
+            if self._came_from is None:
+                raise
+            aside = set_aside(self._came_from)
+            raise TrainingError(f"{error}; {self._came_from.name} leads there and is now {aside}") from None
+        if self._came_from is not None:  # it was seen to be good: older ones may go
+            prune(recipe.output, run.keep)
+            self._came_from = None
+        self.step += 1
+        self.tokens += run.batch_rows * recipe.data.sequence_length
+        self.seconds += time.perf_counter() - started
+        evaluates = self.step % run.eval_every == 0 or self.step == run.steps
+        self._log(result, rate, self._evaluate() if evaluates else None)
+        progress.advance(self.step, self.tokens, result.loss)
+        if self.step % run.save_every == 0 and self.step < run.steps:
+            self.save()
 
     def train_step(self, rate: float) -> StepResult:
         """One optimizer step on the next batch.
@@ -123,8 +166,8 @@ class Trainer:
         if not (found.is_finite and bool(torch.isfinite(norm))):  # before it reaches the weights
             self.model.zero_grad(set_to_none=True)
             raise TrainingError(
-                f"step {self.step}: the loss is {float(found.lm):.4g} and the gradient's norm {float(norm):.4g}; "
-                "lower optimizer.lr and go on from the last snapshot"
+                f"step {self.step}: the loss is {float(found.lm):.4g}, the norm of the gradient "
+                f"{float(norm):.4g}; lower optimizer.lr and go on from the last snapshot"
             )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -144,21 +187,18 @@ class Trainer:
     # ---------------------------------------------------------------- state
 
     def save(self) -> Path:
+        """Write a snapshot of this step."""
         state = {
             "recipe": self.recipe.name,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "batches": self.batches.state(),
+            "identity": self.identity,
         }
         path = save_snapshot(
-            self.recipe.output,
-            self.step,
-            self.model,
-            self.optimizers,
-            self.tokenizer,
-            state,
-            self.recipe.run.keep,
+            self.recipe.output, self.step, self.model, self.optimizers, self.tokenizer, state
         )
+        self._came_from = path
         self.report.say(f"saved {path}")
         return path
 
@@ -166,11 +206,19 @@ class Trainer:
         snapshots = list_snapshots(self.recipe.output)
         if not snapshots:
             return
-        state = load_snapshot(snapshots[-1], self.model, self.optimizers)
-        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        self.batches.restore(state["batches"])
-        self._cut_log()
-        self.report.say(f"going on from {snapshots[-1]}")
+        newest = snapshots[-1]
+        state = read_state(newest)
+        check_identity(self.identity, state.get("identity"), newest)
+        load_snapshot(newest, self.model, self.optimizers)
+        try:
+            self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+            self.batches.restore(state["batches"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise TrainingError(
+                f"{newest / STATE_FILE}: cannot be used ({error!r}); delete {newest}"
+            ) from None
+        self._came_from = newest
+        self.report.say(f"going on from {newest}")
 
     def _stage(self) -> int:
         share = self.step / self.recipe.run.steps
@@ -186,42 +234,37 @@ class Trainer:
             if known.vocab_size == settings.vocab_size:
                 return known
         self.report.say(f"training a tokenizer of {settings.vocab_size} entries")
-        tokenizer = train_bpe(sample_texts(self.recipe.data.corpus, settings.sample_mb), settings.vocab_size)
+        tokenizer = train_bpe(sample_texts(self.corpus, settings.sample_mb), settings.vocab_size)
         tokenizer.save_pretrained(where)
         return tokenizer
 
     # ---------------------------------------------------------------- records
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> dict[str, float]:
+        """Held-out bits per byte by language. Raises TrainingError when one is not finite."""
         self.model.eval()
         recipe = self.recipe
         scores = {}
-        for language, texts in heldout.heldout_texts(recipe.data.corpus).items():
-            scores[language] = heldout.bits_per_byte(
+        for language, texts in self.heldout.items():
+            scores[language] = bits_per_byte(
                 self.model, self.tokenizer, texts, recipe.data.sequence_length, recipe.run.eval_rows
             )
-        self._append({"step": self.step, "bits_per_byte": scores})
+        if not all(math.isfinite(score) for score in scores.values()):
+            raise TrainingError(
+                f"step {self.step}: the held-out loss is not finite; lower optimizer.lr and go on from an "
+                "earlier snapshot"
+            )
         shown = "  ".join(f"{language} {score:.3f}" for language, score in scores.items())
         self.report.say(f"step {self.step}: held-out bits per byte  {shown}")
+        return scores
 
-    def _log(self, result: StepResult, rate: float) -> None:
+    def _log(self, result: StepResult, rate: float, scores: dict[str, float] | None) -> None:
         row: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "lr": rate}
         row |= {key: value for key, value in vars(result).items() if value is not None}
         row["seconds"] = round(self.seconds, 3)
-        self._append(row)
-
-    def _append(self, row: dict[str, Any]) -> None:
-        self.recipe.output.mkdir(parents=True, exist_ok=True)
-        with (self.recipe.output / LOG_FILE).open("a", encoding="utf-8") as log:
-            log.write(json.dumps(row) + "\n")
-
-    def _cut_log(self) -> None:
-        """Forget steps past the snapshot: they are about to be made again."""
-        path = self.recipe.output / LOG_FILE
-        if path.exists():
-            rows = path.read_text(encoding="utf-8").splitlines()
-            kept = [row for row in rows if json.loads(row)["step"] <= self.step]
-            write_atomic(path, "".join(row + "\n" for row in kept))
+        if scores is not None:
+            row["bits_per_byte"] = scores
+        self.log.append(row)
 
 
 class _Interrupt:
@@ -230,7 +273,7 @@ class _Interrupt:
 
 @contextmanager
 def _interruptible() -> Iterator[_Interrupt]:
-    """Turn Ctrl-C (and SIGTERM) into a wish to stop after this step; a second one stops at once."""
+    """Turn Ctrl-C, SIGTERM and a lost terminal into a wish to stop after this step; a second one insists."""
     interrupt = _Interrupt()
 
     def ask(signum: int, frame: FrameType | None) -> None:
@@ -238,8 +281,11 @@ def _interruptible() -> Iterator[_Interrupt]:
             raise KeyboardInterrupt
         interrupt.asked = True
 
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP"):
+        kinds.append(signal.SIGHUP)
     try:
-        before = {kind: signal.signal(kind, ask) for kind in (signal.SIGINT, signal.SIGTERM)}
+        before = {kind: signal.signal(kind, ask) for kind in kinds}
     except ValueError:  # not the main thread: nobody sends signals here
         before = {}
     try:

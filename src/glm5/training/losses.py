@@ -88,7 +88,7 @@ def linear_cross_entropy(
 def shifted_targets(ids_BT: Tensor, documents_BT: Tensor, learned_BT: Tensor, ahead: int) -> Tensor:
     """The token `ahead` places on, IGNORED where that is another document or not to be learned."""
     targets = torch.full_like(ids_BT, IGNORED)
-    same = documents_BT[:, ahead:] == documents_BT[:, :-ahead]
+    same = (documents_BT[:, ahead:] == documents_BT[:, :-ahead]) & (documents_BT[:, ahead:] >= 0)
     good = same & learned_BT[:, ahead:]
     targets[:, :-ahead] = torch.where(good, ids_BT[:, ahead:], IGNORED)
     return targets

@@ -1,7 +1,7 @@
 """The losses of a training step and their gradients, however the step is cut into micro-batches.
 
 Every loss is a sum over the step's tokens divided by the whole step's count of them, so that the cut changes
-nothing. Places that are no tokens (padding) count nowhere.
+nothing (but the draw of expert dropout, where that is on). Places that are no tokens (padding) count nowhere.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Counts:
             ).sum()
 
         few = batch.documents[:indexer_rows] >= 0
-        return cls(targets(1), targets(2), int((batch.documents >= 0).any(dim=1).sum()), few.sum())
+        return cls(targets(1), targets(2), max(1, int((batch.documents >= 0).any(dim=1).sum())), few.sum())
 
 
 @dataclass
@@ -106,16 +106,15 @@ class Objective:
             targets = losses.shifted_targets(batch.ids, batch.documents, batch.learned, 1)
             lm = losses.linear_cross_entropy(hidden, model.lm_head.weight, targets, counts.lm)
             drafted = self._mtp(batch, hidden, step, counts) if mtp and model.mtp else torch.zeros(())
-        tokens = batch.documents >= 0
-        routings = watch.routings
-        parts = [losses.balance_loss(routing, tokens, counts.rows) for routing in routings.values()]
+        routings, tokens = watch.routings, {layer: self._tokens(batch, layer) for layer in watch.routings}
+        parts = [losses.balance_loss(routing, tokens[n], counts.rows) for n, routing in routings.items()]
         balance = torch.stack(parts).sum() if parts else torch.zeros(())
         indexer = torch.zeros(())
         if watch.inputs:
             indexer = self._indexer(watch.inputs, batch, step, indexer_rows, counts)
         total = lm + weights.mtp * drafted + weights.balance * balance + weights.indexer * indexer
         total.backward()
-        loads = {layer: losses.expert_loads(routing, tokens) for layer, routing in routings.items()}
+        loads = {layer: losses.expert_loads(routing, tokens[layer]) for layer, routing in routings.items()}
         mean_balance = balance.detach() / max(len(routings), 1)
         return Gradients(lm.detach(), drafted.detach(), mean_balance, indexer.detach(), loads)
 
@@ -140,9 +139,22 @@ class Objective:
             if attention.indexer is not None:
                 served.append([])
             served[-1].append((attention, inputs[attention.layer][few].float()))
-        learned = batch.documents[few] >= 0
-        parts = [losses.indexer_loss(group, angles, visible, learned, counts.indexer) for group in served]
+        parts = [
+            losses.indexer_loss(
+                group, angles, visible, self._tokens(batch, group[0][0].layer)[few], counts.indexer
+            )
+            for group in served
+        ]
         return torch.stack(parts).mean()
+
+    def _tokens(self, batch: Batch, layer: int) -> Tensor:
+        """bool [B, T]: what are tokens to this layer. An MTP layer needs the next one of the document."""
+        tokens = batch.documents >= 0
+        if layer >= self.model.config.num_hidden_layers:
+            following = batch.documents.roll(-1, dims=1)
+            following[:, -1] = -1
+            tokens = tokens & (following == batch.documents)
+        return tokens
 
     def _attentions(self) -> Sequence[MultiHeadLatentAttention]:
         return [module for module in self.model.modules() if isinstance(module, MultiHeadLatentAttention)]

@@ -5,19 +5,32 @@ Paths in a recipe are relative to the directory in which `glm5 train` is run.
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import tomllib
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from glm5.config import ModelConfig
 from glm5.errors import ConfigError, RecipeError
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+# Keys of a config.json that a config keeps as they are and reads.
+_READ_FROM_EXTRA = {
+    "rope_parameters", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset",
+    "scoring_func", "topk_method", "moe_layer_freq", "glm5_chat",
+}  # fmt: skip
 
 
 class TokenizerSection(_Section):
@@ -67,7 +80,7 @@ class OptimizerSection(_Section):
     warmup: float = Field(default=0.02, ge=0, lt=1)  # share of the steps
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(default=0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     momentum: float = Field(default=0.95, ge=0, lt=1)
     grad_clip: float = Field(default=1.0, gt=0)
 
@@ -90,7 +103,7 @@ class RunSection(_Section):
     batch_rows: int = Field(default=16, ge=1)
     micro_batch_rows: int | None = Field(default=None, ge=1)  # None = the whole batch at once
     precision: Literal["fp32", "bf16"] = "fp32"
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)
     save_every: int = Field(default=500, ge=1)
     keep: int = Field(default=2, ge=1)
     eval_every: int = Field(default=500, ge=1)
@@ -106,8 +119,8 @@ class RunSection(_Section):
 class Recipe(_Section):
     """A whole run. `model` holds the keys of a `config.json`; vocab_size comes from the tokenizer."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
-    seed: int = 0
+    name: str = Field(pattern=r"^[\w-][\w.-]*$")  # of a folder too, so not "." or ".."
+    seed: int = Field(default=0, ge=0, lt=1 << 40)  # every step draws from a generator seeded by it
     output: Path
     model: dict[str, Any]
     tokenizer: TokenizerSection = TokenizerSection()
@@ -132,9 +145,23 @@ class Recipe(_Section):
             "attention_mask_type": self.data.attention,
         }
         try:
-            return ModelConfig.from_dict(keys)
+            config = ModelConfig.from_dict(keys)
         except ConfigError as error:
             raise RecipeError(f"recipe {self.name}: [model] {error}") from None
+        known = {field.name for field in dataclasses.fields(ModelConfig)}
+        for key in self.model:
+            if key in config.extra and key not in _READ_FROM_EXTRA:
+                raise RecipeError(f"recipe {self.name}: model.{key}: unknown key{_nearest(key, known)}")
+        if self.data.sequence_length > config.max_position_embeddings:
+            raise RecipeError(
+                f"recipe {self.name}: data.sequence_length {self.data.sequence_length} is more than "
+                f"model.max_position_embeddings {config.max_position_embeddings}"
+            )
+        return config
+
+    def check_model(self) -> None:
+        """Raises RecipeError when [model] cannot be built, before there is a tokenizer."""
+        self.model_config_for(self.tokenizer.vocab_size, (), None)
 
 
 def read_recipe(path: str | Path, changes: dict[str, Any] | None = None) -> Recipe:
@@ -152,9 +179,33 @@ def read_recipe(path: str | Path, changes: dict[str, Any] | None = None) -> Reci
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "recipe"
-        raise RecipeError(f"{source}: {where}: {first['msg']}") from None
+        raise RecipeError(f"{source}: {'; '.join(map(_problem, error.errors()))}") from None
+
+
+def _problem(error: ErrorDetails) -> str:
+    """`run.stepz: unknown key; did you mean steps?`: one problem of a recipe."""
+    where = ".".join(str(part) for part in error["loc"]) or "recipe"
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_nearest(str(error['loc'][-1]), _keys_of(error['loc'][:-1]))}"
+    if error["type"] == "missing":
+        return f"{where}: is missing"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _keys_of(path: tuple[int | str, ...]) -> set[str]:
+    """The keys of the section at a path of names and list places."""
+    section: Any = Recipe
+    for part in path:
+        if isinstance(part, str):
+            section = section.model_fields[part].annotation
+        else:
+            section = get_args(section)[0]
+    return set(section.model_fields)
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, sorted(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def parse_change(text: str) -> tuple[str, Any]:

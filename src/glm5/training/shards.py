@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from glm5.disk.files import atomic_path, write_atomic
-from glm5.errors import RecipeError
-from glm5.text.control_tokens import ENDOFTEXT, GMASK, SOP, USER
+from glm5.disk.files import atomic_path, remove_temporaries, write_atomic
+from glm5.errors import TrainingError
+from glm5.text.control_tokens import ENDOFTEXT, GMASK, OBSERVATION, SOP, USER
 from glm5.text.tokenizer import Tokenizer
+from glm5.training.corpus import Corpus, Document
 
 INDEX = "shards.json"
 _BATCH = 512
@@ -36,6 +39,7 @@ class ShardInfo:
     documents: int
     tokens: int
     bytes: int  # of UTF-8 text
+    digest: str = ""  # of the source file
 
 
 @dataclass(frozen=True)
@@ -47,50 +51,59 @@ class Shard:
     documents: np.ndarray  # int64 [documents, 3]
 
 
-def corpus_files(corpus: Path) -> list[Path]:
-    """The JSONL files of a corpus directory, in a fixed order."""
-    files = sorted(corpus.glob("*.jsonl"))
-    if not files:
-        raise RecipeError(
-            f"{corpus}: holds no .jsonl files; run `python -m recipes.nano.build {corpus}`"
-        )
-    return files
-
-
-def sample_texts(corpus: Path, megabytes: float) -> Iterator[str]:
+def sample_texts(corpus: Corpus, megabytes: float) -> Iterator[str]:
     """Text for a tokenizer: every source in proportion to its size, documents spread evenly."""
-    files = corpus_files(corpus)
-    share = min(1.0, megabytes * 1e6 / sum(file.stat().st_size for file in files))
-    for file in files:
+    share = min(1.0, megabytes * 1e6 / max(1, sum(file.stat().st_size for file in corpus.files)))
+    for file in corpus.files:
         credit = 0.0
-        for row in _rows(file):
+        for document in corpus.documents(file):
             credit += share
             if credit >= 1.0:
                 credit -= 1.0
-                yield row["text"] if "text" in row else "\n".join(m["content"] for m in row["messages"])
+                yield document.text or "\n".join(map(_spoken, document.messages or []))
+
+
+def _spoken(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        return " ".join(part.get("text", "") for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
 
 
 def build_shards(
-    corpus: Path, out: Path, tokenizer: Tokenizer, say: Callable[[str], None] = print
+    corpus: Corpus, out: Path, tokenizer: Tokenizer, say: Callable[[str], None] = print
 ) -> list[ShardInfo]:
-    """Encode every source that `out` does not hold yet for this tokenizer."""
+    """Encode every source that `out` does not hold yet, as it is now, for this tokenizer."""
+    remove_temporaries(out)
     digest = tokenizer_digest(tokenizer)
     index = _read_index(out)
     if index.get("tokenizer") != digest:
         index = {"tokenizer": digest, "sources": {}}
     infos = []
-    for file in corpus_files(corpus):
-        known = index["sources"].get(file.stem)
-        if known is None or known.get("file_bytes") != file.stat().st_size:
-            info = _build_one(file, out, tokenizer)
-            index["sources"][file.stem] = {**asdict(info), "file_bytes": file.stat().st_size}
+    for file in corpus.files:
+        content = _file_digest(file)
+        info = _known_shard(index["sources"].get(file.stem), content, out, tokenizer.vocab_size)
+        if info is None:
+            info = _build_one(corpus, file, out, tokenizer, content)
+            index["sources"][file.stem] = asdict(info)
             write_atomic(out / INDEX, json.dumps(index, indent=1, ensure_ascii=False) + "\n")
             each = "" if info.chat else f", {info.bytes / max(info.tokens, 1):.2f} bytes each"
             say(f"{file.stem}: {info.tokens:,} tokens{each}")
-        else:
-            info = ShardInfo(**{k: v for k, v in known.items() if k != "file_bytes"})
         infos.append(info)
     return infos
+
+
+def _known_shard(known: Any, content: str, out: Path, vocab_size: int) -> ShardInfo | None:
+    """The shard that was built of this very file and is still whole; None = build it anew."""
+    try:
+        info = ShardInfo(**known)
+        size = (out / f"{info.source}.tokens").stat().st_size
+        table = np.load(out / f"{info.source}.documents.npy", allow_pickle=False, mmap_mode="r")
+        whole = size == info.tokens * np.dtype(_id_type(vocab_size)).itemsize
+        fits = table.shape == (info.documents, 3) and table.dtype == np.int64
+        return info if info.digest == content and whole and fits else None
+    except (TypeError, OSError, ValueError):
+        return None
 
 
 def open_shards(out: Path, infos: Iterable[ShardInfo], vocab_size: int) -> list[Shard]:
@@ -103,18 +116,27 @@ def open_shards(out: Path, infos: Iterable[ShardInfo], vocab_size: int) -> list[
     return shards
 
 
-def encode_row(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], int]:
-    """The ids of a corpus row and how many of them are prompt.
+def encode_chat(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """The ids of a chat and how many of them are prompt; what follows is what the assistant writes.
 
-    Every row begins with [gMASK]<sop>. Text ends with <|endoftext|>; a chat row ends with the
-    <|user|> that the model itself must write to give the turn back.
+    Every row begins with [gMASK]<sop> and ends with the token by which the assistant itself gives the turn
+    back: <|user|>, or <|observation|> behind a tool call.
+
+    Raises TrainingError when the last message is not the assistant's.
     """
-    if "text" in row:
-        return _text_row(tokenizer.encode(row["text"]), tokenizer), 0
-    messages = row["messages"]
+    if not messages or messages[-1].get("role") != "assistant":
+        raise TrainingError("a chat's last message must be the assistant's: that is what is learned")
     prompt = tokenizer.apply_chat_template(messages[:-1], enable_thinking=False)
     whole = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
-    return [*whole, tokenizer.control_ids[USER]], len(prompt)
+    last = OBSERVATION if messages[-1].get("tool_calls") else USER
+    return [*whole, tokenizer.control_ids[last]], len(prompt)
+
+
+def encode_row(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """The ids of a corpus row and how many of them are prompt. Text ends with <|endoftext|>."""
+    if "text" in row:
+        return _text_row(tokenizer.encode(row["text"]), tokenizer), 0
+    return encode_chat(row["messages"], tokenizer)
 
 
 def _text_row(ids: list[int], tokenizer: Tokenizer) -> list[int]:
@@ -126,59 +148,51 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.backend.to_str().encode("utf-8")).hexdigest()
 
 
-def _build_one(file: Path, out: Path, tokenizer: Tokenizer) -> ShardInfo:
-    documents: list[tuple[int, int, int]] = []
+def _file_digest(file: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _build_one(corpus: Corpus, file: Path, out: Path, tokenizer: Tokenizer, content: str) -> ShardInfo:
+    table: list[tuple[int, int, int]] = []
     position = size = 0
-    language = licence = ""
-    chat = False
+    languages: Counter[str] = Counter()
+    licence, chat = "", False
     dtype = _id_type(tokenizer.vocab_size)
     with (
         atomic_path(out / f"{file.stem}.tokens") as tokens_path,
         atomic_path(out / f"{file.stem}.documents.npy") as documents_path,
     ):
         with tokens_path.open("wb") as tokens:
-            for rows in _batches(_rows(file)):
-                for row, (ids, prompt) in zip(rows, _encode_rows(rows, tokenizer), strict=True):
-                    language, licence = row.get("language", row.get("task", "")), row.get("licence", "")
-                    chat = "messages" in row
+            for some in _batches(corpus.documents(file)):
+                for document, (ids, prompt) in zip(some, _encode(some, tokenizer), strict=True):
+                    languages[document.language] += 1
+                    licence, chat = document.licence, document.is_chat
                     tokens.write(np.asarray(ids, dtype=dtype).tobytes())
-                    documents.append((position, position + len(ids), prompt))
+                    table.append((position, position + len(ids), prompt))
                     position += len(ids)
-                    size += len(row["text"].encode()) if not chat else 0
-        table = np.asarray(documents, dtype=np.int64).reshape(-1, 3)
+                    size += len((document.text or "").encode())
         with documents_path.open("wb") as target:
-            np.save(target, table, allow_pickle=False)
-    return ShardInfo(file.stem, "chat" if chat else language, licence, chat, len(table), position, size)
+            np.save(target, np.asarray(table, dtype=np.int64).reshape(-1, 3), allow_pickle=False)
+    language = "chat" if chat else languages.most_common(1)[0][0] if languages else ""
+    return ShardInfo(file.stem, language, licence, chat, len(table), position, size, content)
 
 
-def _encode_rows(rows: list[dict[str, Any]], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
-    if "text" not in rows[0]:
-        yield from (encode_row(row, tokenizer) for row in rows)
+def _encode(documents: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
+    texts = [document.text for document in documents if document.text is not None]
+    if len(texts) == len(documents):
+        for ids in tokenizer.encode_batch(texts):
+            yield _text_row(ids, tokenizer), 0
         return
-    for ids in tokenizer.encode_batch([row["text"] for row in rows]):
-        yield _text_row(ids, tokenizer), 0
+    for document in documents:
+        yield encode_chat(document.messages or [], tokenizer)
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise RecipeError(f"{file}: line {number} is not JSON ({error})") from None
-            if not isinstance(row, dict) or not ("text" in row or "messages" in row):
-                raise RecipeError(f"{file}: line {number} has neither text nor messages")
-            yield row
-
-
-def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    batch: list[dict[str, Any]] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    while batch := list(islice(documents, _BATCH)):
         yield batch
 
 
@@ -188,6 +202,7 @@ def _id_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
 
 def _read_index(out: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((out / INDEX).read_text("utf-8")))
-    except (OSError, ValueError):
+        found = dict(json.loads((out / INDEX).read_text("utf-8")))
+        return found if isinstance(found.get("sources"), dict) else {}
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}

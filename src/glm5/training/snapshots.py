@@ -22,15 +22,17 @@ from torch import Tensor
 from glm5.checkpoint import names
 from glm5.checkpoint.writing import save_model
 from glm5.disk.files import fsync_directory, write_atomic
+from glm5.disk.json_file import read_json
 from glm5.disk.safetensors_file import PlannedTensor, SafetensorsFile, write_safetensors
 from glm5.disk.shards import ShardIndex
-from glm5.errors import CheckpointError
+from glm5.errors import CheckpointError, TrainingError
 from glm5.model.transformer import GlmForCausalLM
 from glm5.text.tokenizer import Tokenizer
 
 STATE_FILE = "trainer.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 _NAME = re.compile(r"step-(\d{7,})")
+_UNFINISHED = ".step-"
 
 
 def save_snapshot(
@@ -40,12 +42,19 @@ def save_snapshot(
     optimizers: Sequence[torch.optim.Optimizer],
     tokenizer: Tokenizer,
     state: Mapping[str, Any],
-    keep: int,
 ) -> Path:
-    """Write `run/step-<step>` atomically, then delete all but the newest `keep`."""
+    """Write `run/step-<step>` whole, or not at all.
+
+    Raises TrainingError, with nothing written, when a weight is not finite.
+    """
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise TrainingError(
+                f"step {step}: {name} is not finite; lower optimizer.lr and go on from the last snapshot"
+            )
     run.mkdir(parents=True, exist_ok=True)
     target = run / f"step-{step:07d}"
-    temporary = Path(tempfile.mkdtemp(prefix=".step-", dir=run))
+    temporary = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=run))
     try:
         save_model(model, temporary, stored="fp32", beside=tokenizer.save_pretrained)
         write_safetensors(temporary / OPTIMIZER_FILE, _optimizer_tensors(model, optimizers))
@@ -58,8 +67,27 @@ def save_snapshot(
         fsync_directory(run)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` snapshots."""
     for old in list_snapshots(run)[:-keep]:
         shutil.rmtree(old)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what kills left of snapshots that were being written."""
+    for path in run.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(path)
+
+
+def set_aside(snapshot: Path) -> Path:
+    """Rename a snapshot from which no step can be made, so that a run goes on from the one before."""
+    target = snapshot.with_name(f"{snapshot.name}.unusable")
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(snapshot, target)
     return target
 
 
@@ -69,16 +97,15 @@ def list_snapshots(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
+def read_state(directory: Path) -> dict[str, Any]:
+    """What `save_snapshot` was given as `state`, with the `step`."""
+    return read_json(directory / STATE_FILE)
+
+
 def load_snapshot(
     directory: Path, model: GlmForCausalLM, optimizers: Sequence[torch.optim.Optimizer]
-) -> dict[str, Any]:
-    """Put weights and optimizer state back; returns what `save_snapshot` was given as `state`."""
-    try:
-        state = dict(json.loads((directory / STATE_FILE).read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{directory / STATE_FILE}: cannot be used ({error}); delete {directory}"
-        ) from None
+) -> None:
+    """Put weights and optimizer state back."""
     index = ShardIndex(directory)
     tensors = names.state_tensors(model)
     with torch.no_grad():
@@ -90,7 +117,6 @@ def load_snapshot(
                 )
             piece.of(tensors[piece.parameter]).copy_(index.file(piece.name).read(piece.name))
     _load_optimizers(SafetensorsFile(directory / OPTIMIZER_FILE), model, optimizers)
-    return state
 
 
 def _optimizer_tensors(

@@ -14,12 +14,7 @@ from typing import Any, NamedTuple
 from glm5.checkpoint.gguf.file import GgufFile
 from glm5.disk.safetensors_file import shown
 from glm5.errors import CheckpointError
-
-# The published GLM split, as in `glm5.text.bpe`, which this layer may not import.
-_GLM_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+from glm5.text.split import GLM_SPLIT
 
 
 class _Split(NamedTuple):
@@ -32,9 +27,9 @@ class _Split(NamedTuple):
 
 # By `tokenizer.ggml.pre` (llama-vocab.cpp, tokenizer_pre).
 _SPLITS = {
-    "glm4": _Split(_GLM_SPLIT, whole_words=True),
-    "glm5": _Split(_GLM_SPLIT, whole_words=True),
-    "chatglm-bpe": _Split(_GLM_SPLIT),
+    "glm4": _Split(GLM_SPLIT, whole_words=True),
+    "glm5": _Split(GLM_SPLIT, whole_words=True),
+    "chatglm-bpe": _Split(GLM_SPLIT),
     "smollm": _Split(single_digits=True),
     "gpt-2": _Split(),
 }

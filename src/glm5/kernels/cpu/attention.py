@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glm5.kernels.cpu.matrix import Matrix
-from glm5.kernels.cpu.native import ACTIVATIONS, fill, inside, library, need, whole
+from glm5.kernels.cpu.native import ACTIVATIONS, fill, here, inside, library, need, whole
 from glm5.kernels.slots import Slots
 
 MAX_INDEX_HEADS, MAX_INDEX_WIDTH = 64, 256
@@ -29,7 +29,8 @@ def attend(
     """
     count, heads, query = q_NHq.shape
     rotary = query - nope
-    need(q_NHq.dtype in ACTIVATIONS, f"queries are {q_NHq.dtype}, not fp32 or bf16")
+    need(here(q_NHq, "queries").dtype in ACTIVATIONS, f"queries are {q_NHq.dtype}, not fp32 or bf16")
+    need(nope >= 0 and value > 0 and heads > 0, f"heads of {nope} + {rotary} and {value} are no heads")
     need(rotary >= 0 and rotary % 2 == 0, f"queries are {query} wide, of which {nope} are not rotated")
     need(kv_b.rows == heads * (nope + value), f"kv_b has {kv_b.rows} rows, not {heads} x ({nope} + {value})")
     need(
@@ -41,9 +42,9 @@ def attend(
     out = torch.empty(count, heads, value, dtype=q_NHq.dtype)
     cache = _cached(cache_BSC, cache_BSC, kv_b.columns + rotary, kv_b.columns)
     call = fill(
-        library.AttendCall(), q=q_NHq, turns=turns_Nr, out=out, bf16=q_NHq.dtype == torch.bfloat16, exact=exact,
-        count=count, heads=heads, nope=nope, rotary=rotary, latent=kv_b.columns, value=value, scale=scale,
-        cache=cache, seen=_seen(rows, chosen, count, cache_BSC.shape[0], cache_BSC.shape[1]),
+        library.AttendCall(), q=q_NHq, turns=turns_Nr, out=out, bf16=q_NHq.dtype == torch.bfloat16,
+        exact=exact, count=count, heads=heads, nope=nope, rotary=rotary, latent=kv_b.columns, value=value,
+        scale=scale, cache=cache, seen=_seen(rows, chosen, count, cache_BSC.shape[0], cache_BSC.shape[1]),
     )  # fmt: skip
     library.attend(call, kv_b.handle)
     return out
@@ -60,7 +61,7 @@ def attend_grouped(
     Raises ValueError when sizes, dtypes, rows or slots contradict each other.
     """
     count, heads, width = q_NHd.shape
-    need(q_NHd.dtype == torch.float32, f"queries are {q_NHd.dtype}, not fp32")
+    need(here(q_NHd, "queries").dtype == torch.float32, f"queries are {q_NHd.dtype}, not fp32")
     need(keys_BSGd.dim() == values_BSGv.dim() == 4, "keys and values are not [B, S, G, d]")
     need(
         keys_BSGd.shape[:3] == values_BSGv.shape[:3] and keys_BSGd.shape[3] == width, "keys have other sizes"
@@ -90,7 +91,10 @@ def select(
     Raises ValueError when sizes, dtypes or rows contradict each other.
     """
     count, heads, width = q_NHd.shape
-    need(q_NHd.dtype in ACTIVATIONS, f"index queries are {q_NHd.dtype}, not fp32 or bf16")
+    need(
+        here(q_NHd, "index queries").dtype in ACTIVATIONS,
+        f"index queries are {q_NHd.dtype}, not fp32 or bf16",
+    )
     need(cache_BSd.dim() == 3 and cache_BSd.shape[2] == width, "index keys are not [B, S, d]")
     keys, rotary = cache_BSd.shape[1], 2 * turns_Nr.shape[-1]
     fits = heads <= MAX_INDEX_HEADS and width <= MAX_INDEX_WIDTH
@@ -125,7 +129,8 @@ def _check_rows(cache: Tensor, name: str) -> None:
         cache.dtype in ACTIVATIONS and cache.device.type == "cpu",
         f"{name} are {cache.dtype}, not fp32 or bf16",
     )
-    inner = cache[0] if cache.shape[0] else cache
+    need(cache.shape[0] > 0 and cache.shape[1] > 0, f"the {name} are {list(cache.shape)}: no slot")
+    inner = cache[0]
     need(inner.is_contiguous(), f"the {name} of a row are not contiguous")
 
 
@@ -135,8 +140,9 @@ def _cached(keys: Tensor, values: Tensor, key_width: int, value_width: int) -> o
     need(keys.dtype == values.dtype, "keys and values differ in dtype")
     item = keys.element_size()
     return fill(
-        library.CachedRows(), keys=keys, values=values, bf16=keys.dtype == torch.bfloat16, key_width=key_width,
-        value_width=value_width, key_stride=keys[0, 0].numel(), value_stride=values[0, 0].numel(),
+        library.CachedRows(), keys=keys, values=values, bf16=keys.dtype == torch.bfloat16,
+        key_width=key_width, value_width=value_width,
+        key_stride=keys[0, 0].numel(), value_stride=values[0, 0].numel(),
         key_row_bytes=keys.stride(0) * item, value_row_bytes=values.stride(0) * item,
     )  # fmt: skip
 

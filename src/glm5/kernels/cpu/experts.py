@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from glm5.kernels.cpu.matrix import Matrix, Vector
-from glm5.kernels.cpu.native import activations, fill, floats, inside, library, need, whole
+from glm5.kernels.cpu.native import activations, fill, floats, here, inside, library, need, whole
 
 Feed = tuple[Matrix, Matrix, Matrix]  # gate, up, down
 
@@ -114,14 +114,20 @@ class MoeLayer:
         tokens = x.numel() // self.hidden
         out = torch.empty_like(x)
         if add is not None:
-            need(add.shape == x.shape and add.dtype == x.dtype and add.is_contiguous(), "add must be like x")
+            like = add.shape == x.shape and add.dtype == x.dtype and add.is_contiguous()
+            need(like and add.device.type == "cpu", "add must be like x")
         ids = weights = None
         if routing is not None:
+            need(not routing[0].is_floating_point(), "routed experts are no integers")
+            inside(here(routing[0], "routed experts"), 0, self.num_experts, "routed experts")
             ids, weights = routing[0].to(torch.int32).contiguous(), routing[1].float().contiguous()
             need(
                 ids.shape == weights.shape and ids.dim() == 2 and len(ids) == tokens, "routing is not [T, K]"
             )
-            inside(ids, 0, self.num_experts, "routed experts")
+            need(
+                ids.shape[1] > 0 and told is None,
+                "no expert is routed to, or the router is asked all the same",
+            )
         else:
             need(self.bank is None or self.topk > 0, "the layer has no router")
         call = fill(
@@ -137,7 +143,7 @@ class MoeLayer:
 
 
 class Told:
-    """What a router chose, written by the call: ids int32 [T, K], weights [T, K] and scores [T, E] in fp32."""
+    """What a router chose, written by the call: ids int32 [T, K], weights [T, K], scores [T, E] in fp32."""
 
     def __init__(self, tokens: int, topk: int, experts: int) -> None:
         self.ids = torch.empty(tokens, topk, dtype=torch.int32)

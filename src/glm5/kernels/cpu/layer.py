@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from glm5.kernels.cpu.attention import MAX_INDEX_HEADS, MAX_INDEX_WIDTH
 from glm5.kernels.cpu.experts import MoeLayer, Told
 from glm5.kernels.cpu.matrix import Matrix, Vector
-from glm5.kernels.cpu.native import ACTIVATIONS, address, fill, library, need, whole
+from glm5.kernels.cpu.native import ACTIVATIONS, address, fill, inside, library, need, whole
 from glm5.kernels.slots import Slots
 
 
@@ -54,32 +55,50 @@ class DecoderLayer:
     def _check(self, matrices: dict[str, Matrix], vectors: dict[str, Tensor]) -> None:
         size = self.sizes
         hidden, heads, query = size["hidden"], size["heads"], size["nope"] + size["rotary"]
+        index, wide = size.get("index_heads", 0), size.get("index_width", 0)
         shapes = {"o": (hidden, heads * size["value"])}
         lengths = {"input_norm": hidden, "post_norm": hidden}
+        optional = {"o_bias": hidden}
         if size["grouped"]:
-            kv = size["kv_heads"]
-            shapes |= {"q_in": (heads * query, hidden), "kv_in": (kv * query, hidden)}
-            shapes |= {"v": (kv * size["value"], hidden)}
-            lengths |= {"q_norm": query, "kv_norm": query}
+            groups = size["kv_heads"]
+            need(groups > 0 and heads % groups == 0, f"{heads} heads do not share {groups} key heads")
+            shapes |= {"q_in": (heads * query, hidden), "kv_in": (groups * query, hidden)}
+            shapes["v"] = (groups * size["value"], hidden)
+            optional |= {"q_norm": query, "kv_norm": query, "v_bias": groups * size["value"]}
         else:
-            rank = matrices["q_in"].rows
-            width = rank if "q_norm" in vectors else heads * query
-            shapes |= {"q_in": (width, hidden), "kv_in": (size["latent"] + size["rotary"], hidden)}
-            shapes |= {"kv_b": (heads * (size["nope"] + size["value"]), size["latent"])}
-            shapes |= {"q_b": (heads * query, rank)}
-            index = size.get("index_heads", 0) * size.get("index_width", 0)
-            shapes |= {"index_q": (index, rank), "index_k": (size.get("index_width", 0), hidden)}
-            shapes |= {"index_weights": (size.get("index_heads", 0), hidden)}
-            lengths |= {"q_norm": rank, "kv_norm": size["latent"], "index_norm": size.get("index_width", 0)}
+            shapes["kv_in"] = (size["latent"] + size["rotary"], hidden)
+            shapes["kv_b"] = (heads * (size["nope"] + size["value"]), size["latent"])
+            lengths["kv_norm"] = size["latent"]
+            rank = matrices["q_in"].rows if "q_in" in matrices else 0
+            if "q_norm" in vectors:
+                shapes |= {"q_in": (rank, hidden), "q_b": (heads * query, rank)}
+                lengths["q_norm"] = rank
+            else:
+                shapes["q_in"] = (heads * query, hidden)
+            if index:
+                need(index <= MAX_INDEX_HEADS and wide <= MAX_INDEX_WIDTH, f"{index} index heads of {wide}")
+                shapes |= {"index_q": (index * wide, rank), "index_k": (wide, hidden)}
+                shapes["index_weights"] = (index, hidden)
+                lengths |= {"index_norm": wide, "index_norm_bias": wide}
+        if "q_in" in matrices and "kv_in" in matrices:
+            optional |= {"q_bias": matrices["q_in"].rows, "kv_bias": matrices["kv_in"].rows}
+        need(size["rotary"] % 2 == 0 and min(heads, query, size["value"]) > 0, "a head has no width")
+        _same_names(matrices, shapes, {}, "matrix")
+        _same_names(vectors, lengths, optional, "vector")
         for name, matrix in matrices.items():
             found = (matrix.rows, matrix.columns)
             need(found == shapes[name], f"{name} is {list(found)}, the layer asks for {list(shapes[name])}")
         for name, values in vectors.items():
-            if name in lengths:
-                need(
-                    values.numel() == lengths[name],
-                    f"{name} has {values.numel()} values, not {lengths[name]}",
-                )
+            wanted = {**lengths, **optional}[name]
+            need(values.numel() == wanted, f"{name} has {values.numel()} values, not {wanted}")
+        if self.feed is not None and self.feed.bank is not None:
+            need(self.feed.topk > 0, "the feed-forward half has experts and no router")
+
+
+def _same_names(given: dict[str, Any], wanted: dict[str, Any], optional: dict[str, Any], what: str) -> None:
+    missing = sorted(wanted.keys() - given.keys())
+    unknown = sorted(given.keys() - wanted.keys() - optional.keys())
+    need(not missing and not unknown, f"missing {what}: {missing}; unknown: {unknown}")
 
 
 class Pass:
@@ -95,6 +114,7 @@ class Pass:
             x.dtype in ACTIVATIONS and x.device.type == "cpu", f"activations are {x.dtype}, not fp32 or bf16"
         )
         need(queries <= keys, f"{queries} tokens do not fit in {keys} keys")
+        need(x.numel() < 1 << 31, f"{batch} x {queries} tokens are too many for one pass; give fewer at once")
         self.shape, self.dtype, self.keys = x.shape, x.dtype, keys
         self.turns = whole(turns.contiguous(), (batch, queries, turns.shape[-1]), torch.complex64, "turns")
         self.visible = None
@@ -132,7 +152,9 @@ class Pass:
         if slots is not None:
             assert slots.slots is not None
             whole(slots.counts, (count,), torch.int32, "counts")
-            whole(slots.slots, (count, slots.slots.shape[1]), torch.int32, "slots")
+            room = slots.slots.shape[1]
+            inside(whole(slots.slots, (count, room), torch.int32, "slots"), 0, self.keys, "slots")
+            inside(slots.counts, 0, room + 1, "counts")
             fill(call, slots=slots.slots, counts=slots.counts, room=slots.slots.shape[1])
         if chosen is not None:
             assert chosen.slots is not None
@@ -155,6 +177,9 @@ class Pass:
 
     def _set_cache(self, call: Any, layer: DecoderLayer, rows: CacheRows) -> None:
         size, latents = layer.sizes, rows.latents
+        head, groups = size["nope"] + size["rotary"], size.get("kv_heads", 1)
+        widths = {"latents": groups * head if size["grouped"] else size["latent"] + size["rotary"]}
+        widths |= {"values": groups * size["value"], "index_keys": size.get("index_width", 0)}
         need(latents.dtype in ACTIVATIONS, f"the cache is {latents.dtype}, not fp32 or bf16")
         call.cache_bf16, item = latents.dtype == torch.bfloat16, latents.element_size()
         for name, buffer in zip(("latents", "values", "index_keys"), rows, strict=True):
@@ -162,6 +187,11 @@ class Pass:
                 continue
             fits = buffer.shape[0] == self.shape[0] and buffer.shape[1] >= self.keys
             need(fits and buffer.dtype == latents.dtype, f"{name} do not hold {self.keys} tokens of each row")
+            inner = buffer.stride(1) == widths[name] and buffer[0, 0].is_contiguous()
+            need(
+                inner and buffer[0, 0].numel() == widths[name] and buffer.device.type == "cpu",
+                f"{name} are not [B, S, {widths[name]}]",
+            )
             setattr(call, name, buffer.data_ptr())
             setattr(
                 call,

@@ -44,6 +44,7 @@ class Matrix:
         group: int = 0,
     ) -> None:
         need(weight.dim() == 2, f"weights have {weight.dim()} dimensions, not 2")
+        need(columns >= 0, f"{columns} columns")
         rows = weight.shape[0]
         need(weight.device.type == "cpu" and weight.is_contiguous(), "weights must be contiguous, on the CPU")
         scale_code = 0
@@ -125,7 +126,7 @@ def linear(
     out = torch.empty(*x.shape[:-1], matrix.rows, dtype=dtype)
     if add is not None:
         like = add.shape == out.shape and add.dtype == dtype and add.is_contiguous()
-        need(like and add.device.type == "cpu", "add must be like the result")
+        need(like and add.device.type == "cpu", "add must be like the result, on the CPU")
     call = library.LinearCall()
     call.x, call.x_bf16, call.count = x.data_ptr(), x.dtype == torch.bfloat16, x.numel() // matrix.columns
     call.norm, call.eps, call.exact = address(floats(norm, matrix.columns, "norm")), eps, exact

@@ -34,6 +34,12 @@ def fill(call: Any, **fields: Any) -> Any:
     return call
 
 
+def here(tensor: Tensor, name: str) -> Tensor:
+    """A tensor on the CPU."""
+    need(tensor.device.type == "cpu", f"{name} are on {tensor.device}, not on the CPU")
+    return tensor
+
+
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -41,7 +47,8 @@ def address(tensor: Tensor | None) -> int:
 def activations(x: Tensor, columns: int) -> Tensor:
     """`x` contiguous, once it is known to be fp32 or bf16 [..., columns] on the CPU."""
     need(x.dtype in ACTIVATIONS and x.device.type == "cpu", f"activations are {x.dtype}, not fp32 or bf16")
-    need(x.shape[-1] == columns, f"activations are {x.shape[-1]} wide, the weights {columns}")
+    fits = x.dim() > 0 and columns > 0 and x.shape[-1] == columns
+    need(fits, f"activations are {list(x.shape)}, the weights {columns} wide")
     return x.contiguous()
 
 

@@ -34,14 +34,15 @@ def round_weights(
     need(fits, f"weights are {weight.dtype} on {weight.device}; they must be contiguous floats on the CPU")
     need(bits in (4, 8), f"codes have {bits} bits, not 4 or 8")
     need(
-        group > 0 and group % 32 == 0 and columns % group == 0,
+        group > 0 and group % 32 == 0 and columns % group == 0 and columns > 0,
         f"{columns} columns are no whole groups of {group}",
     )
     words = torch.empty(rows, words_per_row(columns, bits), dtype=torch.int32)
     scales = torch.empty(rows, columns // group, dtype=torch.bfloat16)
     call = fill(
         library.RoundCall(), weights=weight, rows=rows, cols=columns, group=group, bits=bits,
-        importance=floats(importance, columns, "importance"), search=search and bits == 4, codes=words, scales=scales,
+        importance=floats(importance, columns, "importance"), search=search and bits == 4,
+        codes=words, scales=scales,
     )  # fmt: skip
     error, energy = library.round_weights(call, FLOAT_CODES[weight.dtype])
     return Rounded(words, scales, error, energy)

@@ -7,7 +7,6 @@ plain text, so that nothing a user writes can become a control token. Leaves ids
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from importlib import resources
 from typing import Any, Literal, NamedTuple, get_args
 
 from glm5.errors import TemplateError
+from glm5.text.chat.messages import Turn, as_json, check_messages, kind_of
 from glm5.text.control_tokens import SPECIAL_TOKENS, THINK_CLOSE, THINK_OPEN
 
 Dialect = Literal["glm4.6", "glm4.7", "glm5", "glm5.1", "glm5.2", "glm5.3"]
@@ -37,26 +37,6 @@ class Piece(NamedTuple):
 
     text: str
     control: bool
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """One function call of an assistant turn, its arguments parsed."""
-
-    name: str
-    arguments: dict[str, Any]
-    call_id: str | None = None
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One checked message: text content, known role, parsed tool calls."""
-
-    role: str
-    content: str
-    reasoning: str | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
-    call_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +95,6 @@ _RULES: dict[str, _Rules] = {
 }
 
 _CONTROL = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS))
-_ROLES = ("system", "user", "assistant", "tool")
 # Keys of a tool that steer the server, not the model (GLM-5.1 on).
 _SERVER_KEYS = ("defer_loading", "strict")
 
@@ -283,7 +262,7 @@ class _Writer:
                 self.frame("<arg_key>")
                 self.text(key)
                 self.frame(f"</arg_key>{newline}<arg_value>")
-                self.text(value if isinstance(value, str) else _json(value, "arguments"))
+                self.text(value if isinstance(value, str) else as_json(value, "arguments"))
                 self.frame("</arg_value>" + newline)
             self.frame("</tool_call>")
 
@@ -309,15 +288,15 @@ class _Writer:
 def _tool_line(tool: Any, where: str, *, unwrap: bool) -> str:
     """The JSON line of one tool; empty for a tool that is to be loaded later (5.1 on)."""
     if not isinstance(tool, Mapping):
-        raise TemplateError(f"{where}: must be an object, not {_kind(tool)}")
+        raise TemplateError(f"{where}: must be an object, not {kind_of(tool)}")
     function = tool.get("function", tool)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise TemplateError(f"{where}.function.name: must be a string")
     if not unwrap:
-        return _json(tool, where)
+        return as_json(tool, where)
     if tool.get("defer_loading") or function.get("defer_loading"):
         return ""
-    return _json({k: v for k, v in function.items() if k not in _SERVER_KEYS}, where)
+    return as_json({k: v for k, v in function.items() if k not in _SERVER_KEYS}, where)
 
 
 def _in_call_order(results: list[Turn], caller: Turn) -> list[Turn]:
@@ -328,157 +307,3 @@ def _in_call_order(results: list[Turn], caller: Turn) -> list[Turn]:
     if None in wanted or None in given or not one_to_one or set(wanted) != set(given):
         return results
     return [given[call_id] for call_id in wanted]
-
-
-def check_messages(messages: Any) -> list[Turn]:
-    """Check OpenAI chat messages and read them into turns; TemplateError names what is wrong."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise TemplateError(f"messages: must be a list, not {_kind(messages)}")
-    if not messages:
-        raise TemplateError("messages: the list is empty; give at least one message")
-    return [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def _check_message(message: Any, where: str) -> Turn:
-    if not isinstance(message, Mapping):
-        raise TemplateError(f"{where}: must be an object with a role, not {_kind(message)}")
-    role = message.get("role")
-    if role == "developer":  # OpenAI's newer name for the same thing
-        role = "system"
-    if role not in _ROLES:
-        raise TemplateError(f"{where}.role: {role!r} is unknown; use {', '.join(_ROLES)}")
-    content = message.get("content")
-    if role != "assistant":
-        call_id = message.get("tool_call_id")
-        return Turn(role, _text(content, f"{where}.content"), call_id=_optional_id(call_id, where))
-    reasoning = message.get("reasoning_content")
-    if reasoning is None and isinstance(message.get("reasoning"), str):
-        reasoning = message["reasoning"]  # the newer name of the same field in some servers
-    if reasoning is not None and not isinstance(reasoning, str):
-        raise TemplateError(f"{where}.reasoning_content: must be a string, not {_kind(reasoning)}")
-    calls = message.get("tool_calls")
-    if calls is None:
-        calls = []
-    if isinstance(calls, (str, bytes, Mapping)) or not isinstance(calls, Sequence):
-        raise TemplateError(f"{where}.tool_calls: must be a list, not {_kind(calls)}")
-    return Turn(
-        role,
-        "" if content is None else _text(content, f"{where}.content"),
-        reasoning,
-        tuple(_check_call(call, f"{where}.tool_calls[{j}]") for j, call in enumerate(calls)),
-    )
-
-
-def _check_call(call: Any, where: str) -> ToolCall:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping):
-        raise TemplateError(f"{where}: must be an object with a function, not {_kind(call)}")
-    name = function.get("name")
-    if not isinstance(name, str) or not name:
-        raise TemplateError(f"{where}.function.name: must be a string that is not empty")
-    where = f"{where}.function.arguments"
-    arguments = function.get("arguments")
-    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
-        arguments = {}  # a call without arguments, as some clients write it
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise TemplateError(f"{where}: not JSON: {error}") from None
-    if not isinstance(arguments, Mapping):
-        raise TemplateError(f"{where}: must be a JSON object, not {_kind(arguments)}")
-    if not all(isinstance(key, str) for key in arguments):
-        raise TemplateError(f"{where}: every key must be a string")
-    _json(arguments, where)
-    return ToolCall(name, dict(arguments), _optional_id(call.get("id"), where))
-
-
-def _text(content: Any, where: str) -> str:
-    """The text of a content: a string, or the joined text parts of a list."""
-    if isinstance(content, str):
-        return content
-    if content is None:
-        raise TemplateError(f"{where}: missing or null; only an assistant message may omit it")
-    if isinstance(content, (bytes, Mapping)) or not isinstance(content, Sequence):
-        raise TemplateError(f"{where}: must be text or text parts, not {_kind(content)}")
-    texts: list[str] = []
-    for index, part in enumerate(content):
-        text = part
-        if isinstance(part, Mapping):
-            if part.get("type") != "text":
-                raise TemplateError(
-                    f"{where}[{index}].type: {part.get('type')!r} is not text; this model reads text only"
-                )
-            text = part.get("text")
-        if not isinstance(text, str):
-            raise TemplateError(f"{where}[{index}].text: must be a string, not {_kind(text)}")
-        texts.append(text)
-    return "".join(texts)
-
-
-def _optional_id(value: Any, where: str) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise TemplateError(f"{where}: a tool call id must be a string, not {_kind(value)}")
-    return value
-
-
-def _json(value: Any, where: str) -> str:
-    """JSON as the published templates write it: spaces after separators, no ASCII escapes."""
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise TemplateError(f"{where}: cannot be written as JSON: {error}") from None
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Checked messages in the shape an unknown Jinja template expects.
-
-    Contents are strings, arguments are objects, a null assistant content is empty; keys that we
-    do not know stay, since the template may.
-    """
-    shaped = []
-    for message, turn in zip(messages, check_messages(messages), strict=True):
-        entry = {**message, "role": turn.role, "content": turn.content}
-        if turn.reasoning is not None:
-            entry["reasoning_content"] = turn.reasoning
-        if turn.tool_calls:
-            entry["tool_calls"] = [
-                {
-                    "id": call.call_id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
-                for call in turn.tool_calls
-            ]
-        shaped.append(entry)
-    return shaped
-
-
-def refuse_control_text(value: Any, control_tokens: Iterable[str], where: str) -> None:
-    """Raise TemplateError when any string inside `value` holds a control token.
-
-    An unknown template returns one string, in which a control token written by a user cannot be
-    told from one of the frame: so it must not get in. An assistant's own content may hold its
-    think tags, which templates split.
-    """
-    if isinstance(value, str):
-        for token in control_tokens:
-            if token in value:
-                raise TemplateError(
-                    f"{where}: holds the control token {token!r}, which this checkpoint's "
-                    "unknown chat template could not keep apart from its own; remove it"
-                )
-    elif isinstance(value, Mapping):
-        is_assistant = value.get("role") == "assistant"
-        own = [token for token in control_tokens if token not in (THINK_OPEN, THINK_CLOSE)]
-        for key, item in value.items():
-            refuse_control_text(key, control_tokens, f"{where}: a key")
-            allowed = own if is_assistant and key == "content" else control_tokens
-            refuse_control_text(item, allowed, f"{where}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            refuse_control_text(item, control_tokens, f"{where}[{index}]")

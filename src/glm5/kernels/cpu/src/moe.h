@@ -53,15 +53,20 @@ inline void choose_experts(const Router& router, const float* bias, const float*
   }
   if (told_scores) std::memcpy(told_scores, scores, 4 * static_cast<size_t>(experts));
   if (router.groups > 1) keep_best_groups(router, choice);
+  // No expert twice, whatever the numbers are: one that is not a number loses against every other.
+  static thread_local std::vector<char> taken_store;
+  taken_store.assign(static_cast<size_t>(experts), 0);
   float total = 0;
   for (int k = 0; k < router.topk; k++) {
-    int top = 0;
-    for (int e = 1; e < experts; e++)
-      if (choice[e] > choice[top]) top = e;
+    int top = -1;
+    for (int e = 0; e < experts; e++) {
+      if (taken_store[static_cast<size_t>(e)]) continue;
+      if (top < 0 || choice[e] > choice[top] || std::isnan(choice[top])) top = e;
+    }
     ids[k] = top;
     weights[k] = scores[top];
     total += scores[top];
-    choice[top] = -INFINITY;
+    taken_store[static_cast<size_t>(top)] = 1;
   }
   const float factor = router.normalize ? router.factor / (total + 1e-20f) : router.factor;
   for (int k = 0; k < router.topk; k++) weights[k] *= factor;
@@ -257,7 +262,7 @@ inline void add_feed(const MoeCall& call, MoeWork& work, size_t f, int r0, int r
   const uint8_t* next = f + 1 < work.used ? row_of(work.feeds[f + 1].expert->down, r0) : row_of(down, r1);
   float sums[kItemRows * kItemTokens];
   for (int done = from, n; done < to; done += n) {
-    n = std::min(kItemTokens, to - done);
+    n = std::min({kItemTokens, kItemRows * kItemTokens / static_cast<int>(line), to - done});
     const int* picks = counting(feed.first + done + n) + feed.first + done;
     if (!by_integers(down, call.exact))
       float_product(down, r0, r1, work.acts[kind].data(), static_cast<size_t>(down.cols), picks, n, sums,

@@ -10,10 +10,13 @@
 #include "vec_avx512.h"
 #elif defined(__AVX2__)
 #include "vec_avx2.h"
-#include "vec_halves.h"
 #else
-#include "vec_halves.h"
 #include "vec_portable.h"
+#endif
+
+// These two give eight lanes at a time; this makes sixteen of them, so it comes after.
+#if !(defined(__AVX512F__) && defined(__AVX512VNNI__))
+#include "vec_halves.h"
 #endif
 
 namespace glm5 {
