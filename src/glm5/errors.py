@@ -15,9 +15,21 @@ The API raises them, the CLI prints them and exits with code 2, a server answers
 
 from __future__ import annotations
 
+_LONGEST = 2000
+
 
 class Glm5Error(Exception):
-    """Something a user can act on; its message is one line."""
+    """Something a user can act on; its message is one printable line of at most 2,000 characters.
+
+    What a file says goes into messages: an escape sequence in it must not reach a terminal, and a value of
+    megabytes is no clear line.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 + 50 :]}"
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 class NativeModuleError(Glm5Error, ImportError):

@@ -198,6 +198,8 @@ def _device(device: str, checkpoint: Checkpoint, dtype: torch.dtype | None, quan
             kind, number = "", 0
         if kind not in ("cpu", "cuda", "mps"):
             raise RequestError(f"device {device!r} is unknown; use auto, cpu or cuda:N")
+        if kind == "mps" and not torch.backends.mps.is_available():
+            raise RequestError(f"device {device!r} is asked for, but this torch has no Metal; use cpu")
         if kind == "cuda" and number >= torch.cuda.device_count():
             seen = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU"
             raise RequestError(f"device {device!r} is asked for, but this torch sees {seen}; use cpu")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -422,6 +423,25 @@ def test_a_forked_child_goes_on(action: str) -> None:
             assert torch.equal(cpu.linear(x, matrix), wanted)
 
         assert exit_code_of_child(act) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_child_forked_while_another_thread_computes_may_set_threads() -> None:
+    matrix, x = random_integers(512, 512, 4, 32, seed=0).matrix, torch.ones(64, 512)
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            cpu.linear(x, matrix)
+
+    with on_threads(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            assert [exit_code_of_child(lambda: cpu.set_threads(1)) for _ in range(20)] == [0] * 20
+        finally:
+            stop.set()
+            thread.join()
 
 
 @quick

@@ -330,7 +330,11 @@ def test_the_soft_switch_is_one_id_where_the_vocabulary_has_it() -> None:
     backend.add_special_tokens(["/nothink"])
     tokenizer = Tokenizer(backend, dialect="glm4.6")
     switch = tokenizer.token_to_id("/nothink")
-    assert switch not in tokenizer.apply_chat_template([{"role": "user", "content": "/nothink"}])
+    typed = tokenizer.apply_chat_template([{"role": "user", "content": "be brief/nothink"}])
+    assert typed.count(switch) == 1
+    assert typed[-1] != switch  # it stands where it was typed
+    own = Tokenizer(backend, chat_template=UNKNOWN)
+    assert own.apply_chat_template([{"role": "user", "content": "hi/nothink"}]).count(switch) == 1
     ids = tokenizer.apply_chat_template(CHAT, enable_thinking=False)
     assert ids.count(switch) == 1
     assert ids == tokenizer.encode(tokenizer.decode(ids, skip_special_tokens=False), allow_special=True)

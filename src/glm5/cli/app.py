@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from glm5.cli import streams
 from glm5.errors import Glm5Error
 
 app = typer.Typer(
@@ -68,8 +69,8 @@ def chat(
     )
     if sys.stdin.isatty():
         run_terminal(session, model or "the embedded model")
-    else:
-        run_piped(session, sys.stdin, sys.stdout)
+    elif not run_piped(session, sys.stdin, sys.stdout, sys.stderr):
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -102,7 +103,7 @@ def generate(
         **params,
     )
     for piece in pieces:
-        sys.stdout.write(piece)
+        sys.stdout.write(streams.shown(piece, sys.stdout))
         sys.stdout.flush()
     sys.stdout.write("\n")
 
@@ -122,6 +123,7 @@ def train(
     from glm5.training.loop import Trainer
 
     trainer = Trainer(settings)
+    streams.interruptible()
     snapshot = trainer.train()
     if trainer.step < settings.run.steps:
         typer.echo(
@@ -229,22 +231,47 @@ def _load(model: str | None, dtype: str | None, device: str) -> Any:
     from glm5.cli.bars import loading_bar
 
     with loading_bar() as progress:
-        return glm5.load(Path(model) if model and Path(model).exists() else model, dtype=dtype, device=device,
-                         progress=progress)  # fmt: skip
+        loaded = glm5.load(
+            Path(model) if model and Path(model).exists() else model,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+        )
+    streams.interruptible()
+    return loaded
 
 
 def main() -> None:
     """Entry point of the `glm5` command."""
+    streams.prepare()
     import logging
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if sys.stdout is None:
+        _fail("standard output is closed; send it to a file or /dev/null")
     try:
-        app()
+        try:
+            app()
+        finally:
+            streams.finish()
     except Glm5Error as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        _fail(str(error))
+    except UnicodeDecodeError as error:
+        _fail(f"the input is not {error.encoding} at byte {error.start}; convert it, e.g. with iconv")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left
-        sys.stderr.close()
-        sys.exit(0)
+    except OSError as error:
+        streams.give_up_output()
+        if streams.is_gone(error):
+            sys.exit(0)
+        _fail(f"{error.filename or 'the output'}: {error.strerror}")
+    except SystemExit:
+        if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # typer met a reader who had left
+            streams.give_up_output()
+            sys.exit(0)
+        raise
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from glm5.cli import streams
 from glm5.config import ModelConfig
 from glm5.errors import ConfigError
 
@@ -87,11 +88,11 @@ def _architecture(config: ModelConfig) -> dict[str, str]:
 
 def print_description(facts: dict[str, Any]) -> None:
     """Tables that fit 80 columns."""
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
-    console.print(f"[bold]{facts['path']}[/]  {facts['model_type']}")
+    console = streams.console()
+    console.print(f"[bold]{escape(str(facts['path']))}[/]  {facts['model_type']}", soft_wrap=True)
     shape = Table.grid(padding=(0, 2))
     for name, value in facts["architecture"].items():
         shape.add_row(f"  {name}", value)

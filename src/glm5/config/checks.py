@@ -63,6 +63,11 @@ def check(config: ModelConfig) -> None:
         )
     if not 0 < config.partial_rotary_factor <= 1:
         raise ConfigError(f"partial_rotary_factor is {config.partial_rotary_factor}; it must be in (0, 1]")
+    if config.uses_mla and config.partial_rotary_factor != 1:
+        raise ConfigError(
+            f"partial_rotary_factor is {config.partial_rotary_factor}; with MLA, qk_rope_head_dim says what "
+            "is rotated: set it to 1.0"
+        )
     if config.attention_dropout != 0:
         raise ConfigError(f"attention_dropout is {config.attention_dropout}; only 0 is supported")
     if config.hidden_act != "silu":

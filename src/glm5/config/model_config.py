@@ -437,9 +437,11 @@ def _rope_values(raw: Mapping[str, Any]) -> dict[str, Any]:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ConfigError(f"rope_parameters is a {type(rope).__name__}, expected an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(f"rope_parameters.rope_type {kind!r} is not supported; no GLM release uses it")
+    for key in ("rope_parameters", "rope_scaling"):
+        settings = raw.get(key)
+        kind = settings.get("rope_type", settings.get("type")) if isinstance(settings, Mapping) else None
+        if kind not in (None, "default"):
+            raise ConfigError(f"{key}.rope_type {kind!r} is not supported; no GLM release uses it")
     values: dict[str, Any] = {}
     for name in ("rope_theta", "partial_rotary_factor"):
         value = rope.get(name, raw.get(name))

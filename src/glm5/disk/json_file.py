@@ -33,6 +33,14 @@ def read_json(
 def read_text(path: Path, *, limit: int = MAX_BYTES, error: type[Glm5Error] = CheckpointError) -> str:
     """The text of a regular file of at most `limit` bytes; raises `error` as `read_json` does."""
     try:
+        return read_bytes(path, limit=limit, error=error).decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise error(f"{path}: not UTF-8 at byte {problem.start}; not valid JSON or text") from None
+
+
+def read_bytes(path: Path, *, limit: int = MAX_BYTES, error: type[Glm5Error] = CheckpointError) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; raises `error` as `read_json` does."""
+    try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):  # a pipe or a device could be read for ever
             raise error(f"{path}: is not a regular file")
@@ -42,10 +50,10 @@ def read_text(path: Path, *, limit: int = MAX_BYTES, error: type[Glm5Error] = Ch
             )
         with path.open("rb") as file:
             data = file.read(limit + 1)
-        return data.decode("utf-8")
+        if len(data) > limit:  # it grew
+            raise error(f"{path}: more than the {limit >> 20} MiB it can have")
+        return data
     except FileNotFoundError:
         raise error(f"{path}: no such file; a checkpoint directory needs one") from None
-    except UnicodeDecodeError as problem:
-        raise error(f"{path}: not UTF-8 at byte {problem.start}; not valid JSON or text") from None
     except (OSError, ValueError) as problem:  # ValueError: a name with a NUL
         raise error(f"{path}: cannot be read ({getattr(problem, 'strerror', problem)})") from None

@@ -5,6 +5,7 @@ Both answer the same four questions, by Hugging Face names and a tensor (or a ba
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,7 @@ from glm5.checkpoint.directory import Checkpoint
 from glm5.checkpoint.gguf import GgufFile, GgufModel, tokenizer_files
 from glm5.checkpoint.weights import check_leftovers
 from glm5.config import ModelConfig
+from glm5.disk.json_file import read_bytes
 from glm5.errors import CheckpointError, TokenizerError
 from glm5.model.transformer import GlmForCausalLM
 
@@ -25,6 +27,9 @@ _SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja", "vocab.json", "merges.txt", "LICENSE", "glm5_chat.json",
 )  # fmt: skip
+_SIDE_BYTES = 256 << 20
+
+logger = logging.getLogger(__name__)
 
 
 class WeightSource(Protocol):
@@ -112,7 +117,14 @@ class DirectorySource:
 
     def side_files(self) -> dict[str, bytes]:
         found = [self.path / name for name in _SIDE_FILES]
-        return {path.name: path.read_bytes() for path in found if path.is_file()}
+        return {path.name: self._side_file(path) for path in found if path.exists()}
+
+    def _side_file(self, path: Path) -> bytes:
+        """Its bytes. A link may lead to the blobs of a hub cache, two folders up, and nowhere else."""
+        place, here = path.resolve(), self.path.resolve()
+        if not place.is_relative_to(here) and not place.is_relative_to(here.parent.parent / "blobs"):
+            raise CheckpointError(f"{path}: is a link out of the checkpoint; put the file itself there")
+        return read_bytes(path, limit=_SIDE_BYTES)
 
     def check_leftovers(self, names: list[str]) -> None:
         used = {part for name in names for part in self._parts(name)}
@@ -164,8 +176,9 @@ class GgufSource:
     def side_files(self) -> dict[str, bytes]:
         try:
             return tokenizer_files(self._file)
-        except (CheckpointError, TokenizerError):
-            return {}  # a vocabulary that is no byte-level BPE: the weights are of use all the same
+        except (CheckpointError, TokenizerError) as error:  # the weights are of use all the same
+            logger.warning("no tokenizer is written: %s", error)
+            return {}
 
 
 def open_source(path: Path) -> WeightSource:

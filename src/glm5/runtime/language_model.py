@@ -21,6 +21,7 @@ from glm5.errors import RequestError
 from glm5.layers.loading import load_model
 from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.decoding import PREFILL_CHUNK, Row, decode, make_rows
+from glm5.runtime.forking import answer_after_forks
 from glm5.runtime.generation_config import (
     sampling_defaults,
     stated_eos_token_ids,
@@ -31,7 +32,7 @@ from glm5.runtime.sampling import SamplingParams
 from glm5.runtime.speculation import SpeculationStats, decode_speculatively, speculation_obstacle
 from glm5.text.control_tokens import GMASK, SOP
 from glm5.text.stream import TextStream
-from glm5.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from glm5.text.tokenizer import TOKENIZER_FILE, RenderedChat, Tokenizer
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
@@ -76,6 +77,7 @@ class LanguageModel(GlmForCausalLM):
         """Read weights, generation defaults and, where there is one, the tokenizer."""
         if torch.device(device).type == "cpu":
             keep_freed_memory()
+            answer_after_forks()
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
         defaults, ends = sampling_defaults(checkpoint), stated_eos_token_ids(checkpoint)
         directory, tokenizer = checkpoint.directory, None
@@ -180,7 +182,12 @@ class LanguageModel(GlmForCausalLM):
             RequestError, TemplateError: at once, before the first piece.
         """
         ids = self.prompt_ids(prompt, enable_thinking=enable_thinking)
-        row = make_rows(self, [ids], [self.defaults.with_changes(**params)])[0]
+        wanted = self.defaults.with_changes(**params)
+        if not wanted.ignore_eos and (isinstance(prompt, RenderedChat) or not isinstance(prompt, str)):
+            # A turn ends where the next one would begin, whatever the files name as end tokens.
+            ends = (*wanted.stop_token_ids, *self._require_tokenizer().eos_token_ids)
+            wanted = wanted.with_changes(stop_token_ids=ends)
+        row = make_rows(self, [ids], [wanted])[0]
         if use_mtp is None:
             # In 16 bits it could change the answer.
             use_mtp = self.dtype == torch.float32 and speculation_obstacle(self, row) is None
@@ -198,6 +205,8 @@ class LanguageModel(GlmForCausalLM):
     def prompt_ids(self, prompt: Prompt, *, enable_thinking: bool | None = None) -> list[int]:
         """The ids a prompt becomes: chat messages by the template, text behind [gMASK]<sop>."""
         tokenizer = self._require_tokenizer()
+        if isinstance(prompt, RenderedChat):  # it brings its own frame
+            return tokenizer.encode(prompt)
         if not isinstance(prompt, str):
             thinking = self.chat_defaults.enable_thinking if enable_thinking is None else enable_thinking
             ids: list[int] = tokenizer.apply_chat_template(prompt, enable_thinking=thinking)

@@ -45,6 +45,13 @@ TEMPLATE_FILE = "chat_template.jinja"
 _MAX_BYTES = {TOKENIZER_FILE: 256 << 20, CONFIG_FILE: 16 << 20, TEMPLATE_FILE: 1 << 20}
 
 
+# Arguments of the function of this name in `transformers` that are no variables of a template.
+_NOT_SUPPORTED = (
+    "chat_template", "continue_final_message", "truncation", "padding", "max_length",
+    "return_assistant_tokens_mask", "tokenizer_kwargs",
+)  # fmt: skip
+
+
 class RenderedChat(str):
     """A rendered prompt that remembers which of its characters are the frame's control tokens.
 
@@ -59,6 +66,9 @@ class RenderedChat(str):
         chat = super().__new__(cls, pieces_to_text(pieces))
         chat.pieces = pieces
         return chat
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RenderedChat, (self.pieces,)
 
 
 class BatchEncoding(dict[str, Any]):
@@ -242,8 +252,10 @@ class Tokenizer:
         """`encode` of many plain texts, on all cores."""
         try:
             rows = self._text_backend.encode_batch(list(texts), add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError):
-            return [self.encode(text) for text in texts]  # names the character that is wrong
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # also a panic in Rust
+            return [self.encode(text) for text in texts]  # names what is wrong
         return [
             row.ids if self._control_id_set.isdisjoint(row.ids) else self.encode(text)
             for row, text in zip(rows, texts, strict=True)
@@ -252,9 +264,14 @@ class Tokenizer:
     def _ids(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
         try:
             ids: list[int] = backend.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeEncodeError):
-            at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), 0)
-            raise TokenizerError(f"text is not valid Unicode: lone surrogate at character {at}") from None
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in Rust is not an Exception
+            at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+            if at is not None:
+                raise TokenizerError(f"text is not valid Unicode: lone surrogate at character {at}") from None
+            reason = " ".join(str(error).split())[:200]
+            raise TokenizerError(f"{self.source}: cannot encode a text with it: {reason}") from None
         return ids
 
     def _encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
@@ -392,6 +409,9 @@ class Tokenizer:
         named = {
             f"{kind}_token": _token_name(self.config.get(f"{kind}_token")) for kind in ("bos", "eos", "pad")
         }
+        refused = next((name for name in _NOT_SUPPORTED if options.get(name)), None)
+        if refused is not None:
+            raise TemplateError(f"apply_chat_template: {refused} is not supported; leave it out")
         given = {key: value for key, value in named.items() if value}
         given |= {key: value for key, value in options.items() if value is not None}
         return render_own(

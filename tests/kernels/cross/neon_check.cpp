@@ -69,13 +69,16 @@ std::vector<float> attend_by(const Table& table, const Weights& kv_b, const std:
                              const std::vector<float>& turns, const std::vector<float>& cache, int count,
                              int heads, int slots) {
   AttendCall call;
-  call.kv_b = &kv_b.matrix, call.q = q.data(), call.turns = turns.data(), call.cache = cache.data();
+  call.kv_b = &kv_b.matrix, call.q = q.data(), call.turns = turns.data();
   call.count = count, call.heads = heads, call.nope = 24, call.rotary = 16, call.latent = kv_b.matrix.cols,
   call.value = 40, call.scale = 0.2f;
   std::vector<float> out(static_cast<size_t>(count) * heads * call.value);
   std::vector<int32_t> rows(static_cast<size_t>(count), 0), counts;
   for (int t = 0; t < count; t++) counts.push_back(slots - t);
-  call.out = out.data(), call.cache_rows = rows.data(), call.counts = counts.data();
+  call.out = out.data(), call.seen.rows = rows.data(), call.seen.counts = counts.data();
+  call.cache.keys = call.cache.values = cache.data();
+  call.cache.key_width = call.latent + call.rotary, call.cache.value_width = call.latent;
+  call.cache.key_stride = call.cache.value_stride = static_cast<size_t>(call.cache.key_width);
   table.attend(call);
   return out;
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from glm5.text.chat.messages import refuse_control_text, template_messages
 from glm5.text.chat.sandbox import render_unknown
-from glm5.text.chat.template import Piece
+from glm5.text.chat.template import SOFT_SWITCH, Piece
 
 
 def render_own(
@@ -27,8 +27,9 @@ def render_own(
     """
     control_tokens = list(control_tokens)
     shaped = template_messages(messages)
-    refuse_control_text(shaped, control_tokens, "messages")
-    refuse_control_text(tools, control_tokens, "tools")
+    frame = [token for token in control_tokens if token != SOFT_SWITCH]  # which a user may type
+    refuse_control_text(shaped, frame, "messages")
+    refuse_control_text(tools, frame, "tools")
     variables = {**options, "messages": shaped, "tools": list(tools) if tools else None}
     return split_control(render_unknown(template, variables, source=source), control_tokens)
 

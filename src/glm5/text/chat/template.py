@@ -236,12 +236,16 @@ class _Writer:
 
     def user(self, turn: Turn, *, thinking: bool) -> None:
         self.frame("<|user|>" + self.rules.newline)
-        if thinking or not self.rules.soft_switch:
+        if not self.rules.soft_switch:
             self.text(turn.content)
             return
-        # A user who typed the switch already gets one, not two.
-        self.text(turn.content.removesuffix(SOFT_SWITCH))
-        self.pieces.append(Piece(SOFT_SWITCH, True))
+        # Typed by the user, the switch works as it is meant to: the one control token of this vocabulary that
+        # a message may hold. Who typed it gets one, not two.
+        content = turn.content if thinking else turn.content.removesuffix(SOFT_SWITCH) + SOFT_SWITCH
+        for index, part in enumerate(content.split(SOFT_SWITCH)):
+            if index:
+                self.pieces.append(Piece(SOFT_SWITCH, True))
+            self.text(part)
 
     def assistant(self, turn: Turn, *, keeps_reasoning: bool, unshown: str) -> None:
         newline = self.rules.newline

@@ -6,12 +6,12 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
-#if defined(__linux__)
+#if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
-#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -106,18 +106,21 @@ class Pool {
 std::mutex owner;  // held by the one caller that uses the pool
 std::unique_ptr<Pool> pool;
 int wanted = 0;
-#if defined(__linux__)
-pid_t made_by = 0;
-#endif
 thread_local bool inside = false;
 
-// A forked child has no such threads: joining them would wait for ever.
-void forget_parents_pool() {
-#if defined(__linux__)
-  if (pool && made_by != getpid()) (void)pool.release();
-  made_by = getpid();
+#if defined(__unix__) || defined(__APPLE__)
+// A forked child has none of the threads: joining them would wait for ever, and so would a lock that another
+// thread of the parent held.
+struct AtFork {
+  AtFork() {
+    pthread_atfork(nullptr, nullptr, [] {
+      new (&owner) std::mutex;
+      (void)pool.release();
+      inside = false;
+    });
+  }
+} at_fork;
 #endif
-}
 
 int default_threads() {
   const unsigned cores = std::thread::hardware_concurrency();
@@ -129,7 +132,6 @@ int default_threads() {
 void set_threads(int count) {
   std::lock_guard<std::mutex> lock(owner);
   wanted = count < 1 ? 1 : count;
-  forget_parents_pool();
   if (pool && pool->workers() != wanted - 1) pool.reset();
 }
 
@@ -139,7 +141,6 @@ void parallel(int items, Job job, void* context) {
   if (items > 1 && threads() > 1 && !inside && owner.try_lock()) {
     std::lock_guard<std::mutex> lock(owner, std::adopt_lock);
     inside = true;
-    forget_parents_pool();
     if (!pool) pool = std::make_unique<Pool>(threads() - 1);
     pool->run(items, job, context);
     inside = false;

@@ -1,0 +1,65 @@
+"""A conversation: reasoning apart, old turns forgotten in time, one bad line does not end it."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from glm5.cli.chat import ChatSession, _answer_on, run_piped
+from glm5.cli.streams import console, printable
+from glm5.errors import RequestError
+from glm5.runtime.language_model import LanguageModel
+from tests.runtime.language_model_fixture import tiny_language_model
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return tiny_language_model(max_position_embeddings=96)
+
+
+def test_the_oldest_turns_are_forgotten_when_a_conversation_outgrows_the_model(model: LanguageModel) -> None:
+    session = ChatSession(model, enable_thinking=False, max_new_tokens=3, temperature=0.0)
+    for number in range(12):
+        list(session.answer(f"hello number {number}"))
+    assert session.forgotten > 0
+    kept = [turn["content"] for turn in session._turns if turn["role"] == "user"]
+    assert kept[-1] == "hello number 11"
+    assert len(kept) == 12 - session.forgotten
+
+
+def test_a_line_that_cannot_be_answered_does_not_end_the_pipe(model: LanguageModel) -> None:
+    session = ChatSession(model, enable_thinking=False, max_new_tokens=3, temperature=0.0)
+    out, notes = io.StringIO(), io.StringIO()
+    assert not run_piped(session, io.StringIO("hi\n" + "狐" * 500 + "\nhi\n"), out, notes)
+    lines = out.getvalue().split("\n")
+    assert lines[1] == ""
+    assert notes.getvalue().startswith("error: the prompt has ")
+    with pytest.raises(RequestError):
+        list(session.answer("狐" * 500))
+    assert all("狐" not in turn["content"] for turn in session._turns)
+
+
+def test_a_message_that_does_not_fit_alone_keeps_the_conversation(model: LanguageModel) -> None:
+    session = ChatSession(model, enable_thinking=False, max_new_tokens=3, temperature=0.0)
+    list(session.answer("hi"))
+    with pytest.raises(RequestError, match="the model holds at most 96"):
+        list(session.answer("狐" * 500))
+    assert [turn["content"] for turn in session._turns[:1]] == ["hi"]
+
+
+class _Hostile:
+    last = None
+    forgotten = 0
+
+    def answer(self, text: str) -> object:
+        yield "\x1b]52;c;b3duZWQ=\x07ok\n", False
+
+
+def test_an_answer_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = console()
+    screen.file = io.StringIO()
+    _answer_on(screen, _Hostile(), "hi")  # type: ignore[arg-type]
+    assert "\x1b]52" not in screen.file.getvalue()
+    assert "ok" in screen.file.getvalue()
+    assert printable("a\tb\nc\x1b[2J\x9b") == "a\tb\nc\ufffd[2J\ufffd"
