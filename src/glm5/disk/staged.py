@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from glm5.disk.files import fsync_directory
+from glm5.disk.lock import locked
 from glm5.errors import CheckpointError
 
 SEAL = "config.json"
@@ -28,8 +29,14 @@ def staged(directory: Path, belongs: Callable[[str], bool]) -> Iterator[Path]:
     belongs: is a file of this name part of what is replaced? Those that are not written anew are removed.
 
     Raises:
-        CheckpointError: the disk refuses; unless files were being moved already, nothing is changed.
+        CheckpointError: another process writes there now, or the disk refuses; unless files were being moved
+            already, nothing is changed.
     """
+    with locked(directory, CheckpointError):
+        yield from _staged(directory, belongs)
+
+
+def _staged(directory: Path, belongs: Callable[[str], bool]) -> Iterator[Path]:
     final, whole = directory / STAGING, False
     # What an interrupted save left may be the only whole copy: it stays until the new one is whole.
     staging = directory / f"{STAGING}-new" if _is_interrupted(directory) else final
@@ -53,16 +60,22 @@ def staged(directory: Path, belongs: Callable[[str], bool]) -> Iterator[Path]:
         if not whole:
             shutil.rmtree(staging, ignore_errors=True)
     try:
-        _move_up(staging, directory, belongs)
+        move_up(staging, directory, belongs)
+        staging.rmdir()
     except OSError as error:
         raise CheckpointError(
             f"{staging}: cannot be moved into place ({error.strerror}); move its files up, {SEAL} last"
         ) from None
 
 
-def _move_up(staging: Path, directory: Path, belongs: Callable[[str], bool]) -> None:
-    """Put staged files in place of the old ones; every step is on the disk before the next."""
-    names = {path.name for path in staging.iterdir()}
+def move_up(
+    staging: Path, directory: Path, belongs: Callable[[str], bool], stays: frozenset[str] = frozenset()
+) -> None:
+    """Put staged files in place of the old ones, the seal last; every step is on the disk before the next.
+
+    belongs: as in `staged`. stays: names that are not moved. Called again after a crash, it goes on.
+    """
+    names = {path.name for path in staging.iterdir()} - stays
     (directory / SEAL).unlink(missing_ok=True)
     fsync_directory(directory)
     for path in list(directory.iterdir()):
@@ -76,7 +89,6 @@ def _move_up(staging: Path, directory: Path, belongs: Callable[[str], bool]) -> 
     if SEAL in names:
         os.replace(staging / SEAL, directory / SEAL)
     fsync_directory(directory)
-    staging.rmdir()
 
 
 def _is_interrupted(directory: Path) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,9 +22,11 @@ from torch import Tensor
 
 from glm5.checkpoint import names
 from glm5.config import ModelConfig
-from glm5.disk.files import atomic_path, fsync_directory, remove_temporaries, write_atomic
+from glm5.disk.files import atomic_path, remove_temporaries, write_atomic
+from glm5.disk.lock import locked
 from glm5.disk.safetensors_file import PlannedTensor, write_safetensors
 from glm5.disk.shards import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from glm5.disk.staged import move_up
 from glm5.errors import CheckpointError
 from glm5.formats.packed import Scheme
 from glm5.formats.packing import words_per_row
@@ -80,25 +81,29 @@ def quantize(
         _check_ids(calibration, weights)
         settings["calibration"] = calibration.as_dict()
     job = json.dumps(settings, indent=1)
-    try:
-        if (destination / CONFIG_FILE).exists():  # cut when all but the plan had gone
-            same = (working / PLAN_FILE).read_text(encoding="utf-8") == job
-            shutil.rmtree(working)
-            if not same:
-                raise CheckpointError(f"{destination}: holds a checkpoint already; name another directory")
-            return _read_receipt(destination)
-        if restart:
-            _throw_away(working, destination)
-        _take_up(working, job)
-        if not (working / CONFIG_FILE).exists():
-            receipts = _write_shards(weights, shards, working, calibration, progress)
-            _finish(weights, recipe, calibration, shards, receipts, working)
-        _put_in_place(working, destination)
-    except OSError as error:
-        raise CheckpointError(
-            f"{destination}: cannot be written ({error.strerror}); the same command goes on from here"
-        ) from None
-    return _read_receipt(destination)
+    with locked(destination, CheckpointError):
+        _refuse_other_weights(path, destination, working)  # what another process did meanwhile
+        try:
+            if (destination / CONFIG_FILE).exists():  # cut when all but the plan had gone
+                same = (working / PLAN_FILE).read_text(encoding="utf-8") == job
+                shutil.rmtree(working)
+                if not same:
+                    raise CheckpointError(
+                        f"{destination}: holds a checkpoint already; name another directory"
+                    )
+                return _read_receipt(destination)
+            if restart:
+                _throw_away(working, destination)
+            _take_up(working, job)
+            if not (working / CONFIG_FILE).exists():
+                receipts = _write_shards(weights, shards, working, calibration, progress)
+                _finish(weights, recipe, calibration, shards, receipts, working)
+            _put_in_place(working, destination)
+        except OSError as error:
+            raise CheckpointError(
+                f"{destination}: cannot be written ({error.strerror}); the same command goes on from here"
+            ) from None
+        return _read_receipt(destination)
 
 
 def _read_receipt(destination: Path) -> dict[str, Any]:
@@ -167,11 +172,7 @@ def _put_in_place(working: Path, destination: Path) -> None:
     shutil.rmtree(working / CALIBRATION_FOLDER, ignore_errors=True)
     for path in working.glob("shard-*.json"):
         path.unlink()
-    for last in (False, True):
-        for path in sorted(working.iterdir()):
-            if path.name not in (PLAN_FILE, CONFIG_FILE) or (last and path.name == CONFIG_FILE):
-                os.replace(path, destination / path.name)
-        fsync_directory(destination)
+    move_up(working, destination, belongs=lambda name: False, stays=frozenset({PLAN_FILE}))
     (working / PLAN_FILE).unlink()
     working.rmdir()
 
