@@ -246,6 +246,33 @@ def test_gradients_pass_and_compiling_is_right() -> None:
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_model_gives_the_same_bits(dtype: torch.dtype) -> None:
+    ids = random_ids(1, 9)
+    for scheme in (None, Scheme(4, 32)):
+        model = native_model(config_of("dsa"), scheme, dtype)
+        with torch.no_grad():
+            wanted = model(ids).logits
+            compiled = torch.compile(model, backend="eager")
+            assert torch.equal(compiled(ids).logits, wanted)
+            assert torch.equal(compiled(ids).logits, wanted)
+        torch._dynamo.reset()
+
+
+def test_the_state_of_a_packed_model_is_whole() -> None:
+    one, other = (native_model(config_of("dsa"), Scheme(4, 32), seed=seed) for seed in (0, 1))
+    ids = random_ids(1, 9)
+    with torch.inference_mode():
+        wanted = one(ids).logits
+        assert not torch.equal(other(ids).logits, wanted)
+        other.load_state_dict(one.state_dict())
+        assert torch.equal(other(ids).logits, wanted)
+    with torch.no_grad():
+        held = sum(v.numel() * v.element_size() for v in one.state_dict().values())
+    assert held >= sum(bank.bytes.numel() for bank in one.modules() if isinstance(bank, PackedExperts))
+    assert any(name.endswith(".words") for name in one.state_dict())
+
+
 def test_a_full_cache_is_refused_before_it_is_written() -> None:
     model = native_model(config_of("dsa"))
     cache = Cache(model.config, 1, 4, dtype=model.dtype)

@@ -36,12 +36,14 @@ class BankPart(NamedTuple):
     rows: slice
 
 
+_CODES = (".words", ".scales", ".bytes")  # as the packed layers call them
 _EXPERT = re.compile(r"(model\.layers\.[0-9]{1,6}\.mlp\.experts)\.([0-9]{1,9})\.(gate|up|down)_proj\.weight")
 
 
 def state_tensors(model: GlmForCausalLM) -> dict[str, Tensor]:
-    """Parameters and saved buffers by our names; a tied head is left out."""
-    tensors = dict(model.state_dict(keep_vars=True))
+    """Float parameters and saved buffers by our names; a tied head and packed codes are left out."""
+    state = model.state_dict(keep_vars=True)
+    tensors = {name: tensor for name, tensor in state.items() if not name.endswith(_CODES)}
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     return tensors

@@ -9,6 +9,7 @@ decoder layer.
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -43,8 +44,25 @@ class _Epoch:
             hooks.register_module_module_registration_hook(cls.pass_on)
 
 
+def _outside_of_compilers(forward: Any) -> Any:
+    """A compiler would trace PyTorch's own products, whose sums are others: its graph breaks here instead."""
+
+    @wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(forward)(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    return run
+
+
 class Movable(nn.Module):
     """A module that keeps handles of native memory, and forgets them when that memory may have changed."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "forward" in vars(cls):
+            cls.forward = _outside_of_compilers(vars(cls)["forward"])
 
     def kept(self, name: str, make: Any) -> Any:
         """The handle `name`, made by `make()` when there is none of now."""

@@ -31,8 +31,8 @@ class PackedLinear(Movable):
         self.bias = bias if isinstance(bias, nn.Parameter | None) else nn.Parameter(bias, requires_grad=False)
         self.words: Tensor
         self.scales: Tensor
-        self.register_buffer("words", None, persistent=False)
-        self.register_buffer("scales", None, persistent=False)
+        self.register_buffer("words", None)
+        self.register_buffer("scales", None)
 
     def reserve(self, device: torch.device) -> Packed:
         """Memory on a device, not written yet."""
@@ -115,7 +115,7 @@ class PackedExperts(Movable):
         super().__init__()
         self.num_experts, self.hidden, self.width, self.scheme = experts, hidden, width, scheme
         self.bytes: Tensor
-        self.register_buffer("bytes", None, persistent=False)
+        self.register_buffer("bytes", None)
 
     def shape(self, projection: str) -> tuple[int, int]:
         return (self.hidden, self.width) if projection == "down_proj" else (self.width, self.hidden)
