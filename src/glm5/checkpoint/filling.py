@@ -6,7 +6,7 @@ is what is filled plus the one tensor that is being decoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,6 +27,9 @@ from glm5.formats.packing import BITS
 
 # Some copy while others wait for the disk.
 READERS = 8
+_BATCH_BYTES = 1 << 20
+_READER_BYTES = 16 << 20
+_SMALL_BYTES = 128 << 10
 _SCALES = (torch.bfloat16, torch.float16, torch.float32)
 Progress = Callable[[int, int], None]
 SchemeOf = Callable[[str], Scheme | None]
@@ -94,7 +97,8 @@ def fill(
     def read(source: _Source) -> int:
         target, memory = source.target, source.target.memory()
         if isinstance(memory, Tensor):
-            with nullcontext() if weights.lies_as(target.name, memory) else decoding:
+            small = source.num_bytes < _SMALL_BYTES
+            with nullcontext() if small or weights.lies_as(target.name, memory) else decoding:
                 weights.fill(target.name, memory)
         elif rounder is None:
             fill_packed(target.name, memory, index)
@@ -115,14 +119,27 @@ def _in_order(
 ) -> None:
     """Call `read` on every source, a few at once; the first failure in their order is raised."""
     done, total = 0, sum(source.num_bytes for source in sources)
-    pool = ThreadPoolExecutor(readers)
+    # Readers of little only take Python's lock from each other.
+    pool = ThreadPoolExecutor(max(1, min(readers, total // _READER_BYTES)))
     try:
-        for count in pool.map(read, sources):
+        for count in pool.map(lambda batch: sum(map(read, batch)), _batches(sources)):
             done += count
             if progress is not None:
                 progress(done, total)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _batches(sources: list[_Source]) -> Iterator[list[_Source]]:
+    """Neighbours in the files, together at least `_BATCH_BYTES`: a hand-over costs what a small read does."""
+    batch: list[_Source] = []
+    for source in sources:
+        batch.append(source)
+        if sum(each.num_bytes for each in batch) >= _BATCH_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def stored_scheme(checkpoint: Checkpoint) -> SchemeOf:

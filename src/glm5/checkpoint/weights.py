@@ -31,6 +31,8 @@ class StoredWeights:
     ) -> None:
         self.directory, self.index, self.formats = directory, index, formats
         self._config = config
+        # Where each weight was found: asked for several times a weight, of files that do not change.
+        self._found: dict[str, tuple[Format, list[str]] | None] = {}
 
     def names(self, name: str) -> list[str] | None:
         """The tensors on disk that make up a weight, or the bank that holds it; None = it is not there."""
@@ -48,19 +50,22 @@ class StoredWeights:
             raise CheckpointError(f"{where}: {name} is stored a second time within {part.bank}")
         return part
 
-    def _own(self, name: str) -> list[str] | None:
-        form = self._form(name)
-        return None if form is None else form.stored_names(name, self.index)
+    def _place(self, name: str) -> tuple[Format, list[str]] | None:
+        if name not in self._found:
+            every = ((form, form.stored_names(name, self.index)) for form in self.formats)
+            self._found[name] = next(((form, own) for form, own in every if own is not None), None)
+        return self._found[name]
 
-    def _form(self, name: str) -> Format | None:
-        return next((f for f in self.formats if f.stored_names(name, self.index) is not None), None)
+    def _own(self, name: str) -> list[str] | None:
+        place = self._place(name)
+        return None if place is None else place[1]
 
     def form(self, name: str) -> Format:
         """How a weight is stored. Raises CheckpointError when it is not there."""
-        form = self._form(name)
-        if form is None:
+        place = self._place(name)
+        if place is None:
             raise CheckpointError(f"{self.directory}: {name} is missing; config.json asks for it")
-        return form
+        return place[0]
 
     def parts(self, name: str) -> list[str]:
         """`names`, of a weight that must be there."""

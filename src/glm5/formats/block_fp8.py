@@ -39,9 +39,9 @@ class BlockFp8(CodedFormat):
 
     def fill(self, name: str, index: ShardIndex, target: Tensor) -> None:
         """A row of blocks at a time, on the target's device: the matrix never exists in fp32 beside it."""
-        self.shape(name, index)
         parts = Parts(index, name.removesuffix(".weight"))
-        scale = parts.finite(SCALE, parts.scale(SCALE), FP8_MAX).to(target.device)
+        block_fp8(parts, self.block)
+        scale = parts.finite(SCALE, parts.read(SCALE).float(), FP8_MAX).to(target.device)
         block_dequantize(parts.numbers("weight").to(target.device), scale, self.block, out=target)
 
 
@@ -56,7 +56,7 @@ def block_fp8(parts: Parts, block: tuple[int, int]) -> Weight:
     parts.check(SCALE, FLOATS, grid_shape(shape, block))
 
     def read(first: int, last: int) -> Tensor:
-        scale = parts.finite(SCALE, parts.scale(SCALE), FP8_MAX)
+        scale = parts.finite(SCALE, parts.read(SCALE).float(), FP8_MAX)
         codes = parts.numbers("weight")
         top = first // block[0]  # the scales of the block that row `first` lies in
         start = top * block[0]

@@ -62,7 +62,9 @@ def block_dequantize(
     weight = torch.empty_like(codes, dtype=torch.float32) if out is None else out
     # One row of blocks at a time, so that the matrix never exists in fp32 beside `out`.
     for index, first in enumerate(range(0, rows, block[0])):
-        across = scale[index].float().repeat_interleave(block[1])[:columns]
+        across = scale[index].float()  # [1] meets every column as it is
+        if columns > block[1]:
+            across = across.repeat_interleave(block[1])[:columns]
         band = slice(first, first + block[0])
         weight[band] = codes[band].to(torch.float32).mul_(across)
     return weight
