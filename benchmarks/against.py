@@ -3,8 +3,8 @@
     python benchmarks/against.py OTHER_PYTHON [--pairs 24] [--threads N]
 
 OTHER_PYTHON: the interpreter of an environment that has the other version. Two workers live side by side
-and take turns, so that a noisy machine treats both alike; each pair gives a ratio (other / this: above 1 is faster
-here). Shown are medians, the median ratio and its 95% interval (bootstrap). The last line is JSON.
+and take turns, so that a noisy machine treats both alike; each pair gives a ratio (other / this: above 1 is
+faster here). Shown are medians, the median ratio and its 95% interval (bootstrap). The last line is JSON.
 """
 
 from __future__ import annotations
