@@ -153,6 +153,9 @@ def test_what_is_no_directory_is_named(tmp_path: Path, checkpoint: Path) -> None
         glm5.load(tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"is a file; name the directory that holds config\.json"):
         glm5.load(checkpoint / "config.json")
+    (tmp_path / "MODEL.GGUF").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"is a GGUF file; .* glm5 quantize MODEL\.GGUF DIRECTORY"):
+        glm5.load(tmp_path / "MODEL.GGUF")
     with pytest.raises(ConfigError, match=r"config\.json: no such file"):
         glm5.load(tmp_path)
 

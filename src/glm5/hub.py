@@ -88,6 +88,10 @@ def resolve(path: str | os.PathLike[str] | None) -> Path:
         raise CheckpointError(f"{str(directory)[:200]}: cannot be read ({error.strerror})") from None
     if directory.is_dir():
         return directory
+    if exists and directory.suffix.lower() == ".gguf":
+        raise CheckpointError(
+            f"{directory}: is a GGUF file; make a directory of it: glm5 quantize {directory.name} DIRECTORY"
+        )
     if exists:
         raise CheckpointError(f"{directory}: is a file; name the directory that holds config.json")
     if _HUB_NAME.fullmatch(str(path)):

@@ -416,3 +416,17 @@ def test_a_damaged_int4_directory_is_refused_by_load(tmp_path: Path, source: Pat
     damaged(lambda t: t.pop(f"{module}.weight_packed"), module)
     damaged(lambda t: t.update({scale: t[scale][:, :1].clone()}), scale)
     damaged(lambda t: t.update({scale: t[scale].view(torch.int16)}), scale)
+
+
+def test_the_advice_for_a_width_can_be_followed(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_source(source, small_config(moe_intermediate_size=40))
+    patterns: list[str] = []
+    for number in range(3):
+        try:
+            quantize(source, tmp_path / f"{number}", Recipe.of(4, 32, [], patterns))
+            break
+        except CheckpointError as error:
+            patterns.append(str(error).rpartition("--keep '")[2].rstrip("'"))
+    assert patterns == ["*.mlp.experts.*", "*.shared_experts.down_proj"]
+    load_model(tmp_path / "2")

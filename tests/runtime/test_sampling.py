@@ -160,7 +160,7 @@ def test_draws_follow_the_distribution(temperature: float) -> None:
         ("max_new_tokens", -1), ("max_new_tokens", 2.0), ("max_new_tokens", True), ("max_new_tokens", None),
         ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
         ("temperature", "hot"), ("top_k", -1), ("top_k", 1.5), ("top_p", 0), ("top_p", 1.1), ("min_p", -0.1),
-        ("min_p", 2), ("repetition_penalty", 0), ("repetition_penalty", -1),
+        ("min_p", 2), ("repetition_penalty", 0), ("repetition_penalty", 1e-320),
         ("repetition_penalty", float("inf")), ("seed", -1), ("seed", 2**63), ("seed", "x"), ("seed", 1.0),
         ("stop", ""), ("stop", ("a", "")), ("stop", None), ("stop", 5), ("stop", (1,)),
         ("stop_token_ids", 5), ("stop_token_ids", ("a",)), ("ignore_eos", 1),

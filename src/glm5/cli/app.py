@@ -170,7 +170,7 @@ def quantize(
     from glm5.quantize.calibration import calibration_of
 
     recipe = Recipe.of(bits, group, changes or [], keep or [])
-    path = Path(source) if source.endswith(".gguf") else resolve(source)
+    path = Path(source) if source.lower().endswith(".gguf") else resolve(source)
     text = calibration_of(path, method, calibration or [], calibration_tokens)
     with loading_bar("quantizing") as progress:
         receipt = quantize(path, destination, recipe, calibration=text, restart=restart, progress=progress)

@@ -31,7 +31,8 @@ def describe(path: str) -> dict[str, Any]:
     if not place.exists() and path.lower() in PRESETS:
         config, directory = ModelConfig.preset(path), None
     else:
-        place = resolve(path) if path == EMBEDDED and not place.exists() else place
+        if (path == EMBEDDED and not place.exists()) or place.suffix.lower() == ".gguf":
+            place = resolve(path)
         if not place.exists():
             raise ConfigError(f"{path}: no such directory, and no preset ({', '.join(sorted(PRESETS))})")
         config, directory = ModelConfig.from_pretrained(place), place if place.is_dir() else None

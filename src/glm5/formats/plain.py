@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from glm5.disk.shards import ShardIndex
+from glm5.disk.json_file import read_json
+from glm5.disk.shards import CONFIG_FILE, ShardIndex
 from glm5.errors import CheckpointError
 from glm5.formats.format import Format
 
@@ -28,6 +31,7 @@ class PlainFloats(Format):
         if info.dtype_name not in FLOATS:
             raise CheckpointError(
                 f"{index.file(name).path}: {name} is stored as {info.dtype_name}, expected a float or FP8"
+                f"{_hint(index.directory)}"
             )
         return info.shape
 
@@ -52,3 +56,18 @@ class PlainFloats(Format):
 
     def lies_as(self, name: str, index: ShardIndex, target: Tensor) -> bool:
         return index[name].dtype == target.dtype
+
+
+def _hint(directory: Path) -> str:
+    """What the directory says of codes that config.json does not describe."""
+    if (directory / "hf_quant_config.json").exists():
+        return (
+            "; hf_quant_config.json is not read: copy what it says into quantization_config of config.json, "
+            "or get another copy"
+        )
+    try:
+        if isinstance(read_json(directory / CONFIG_FILE).get("quantization"), dict):
+            return "; it looks like an MLX checkpoint, which glm5 does not read: get the original"
+    except CheckpointError:
+        pass
+    return ""

@@ -69,7 +69,9 @@ def plan(source: WeightSource, recipe: Recipe) -> list[Item]:
         if scheme is not None and shape[1] % scheme.group:
             fitting = next((group for group in (128, 64, 32) if shape[1] % group == 0), None)
             option = "--group " if scheme.group == recipe.group else "a pattern that ends in :"
-            advice = f"use {option}{fitting}" if fitting else f"leave it out: --keep '{module}'"
+            siblings = ".".join(module.split(".")[-2:])  # of the other layers, as wide
+            pattern = "*.mlp.experts.*" if expert else f"*.{siblings}"
+            advice = f"use {option}{fitting}" if fitting else f"leave such out: --keep '{pattern}'"
             raise CheckpointError(
                 f"{source.path}: {piece.name} is {shape[1]} wide, no whole groups of {scheme.group}; {advice}"
             )

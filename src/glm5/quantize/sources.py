@@ -183,7 +183,7 @@ class GgufSource:
 
 def open_source(path: Path) -> WeightSource:
     """A directory, or a `.gguf` file (of split ones the first)."""
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return GgufSource(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory or .gguf file")

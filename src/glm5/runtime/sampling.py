@@ -49,7 +49,7 @@ class SamplingParams:
             ("top_k", 0, math.inf),
             ("top_p", 0, 1),
             ("min_p", 0, 1),
-            ("repetition_penalty", 0, math.inf),
+            ("repetition_penalty", 0.01, 100),  # beyond, logits leave the range of floats
         ):
             value = getattr(self, name)
             whole = name in ("max_new_tokens", "top_k")
@@ -58,10 +58,10 @@ class SamplingParams:
                 wrong_kind
                 or not low <= value <= high
                 or value == math.inf
-                or (value == 0 and name in ("top_p", "repetition_penalty"))
+                or (value == 0 and name == "top_p")
             ):
                 raise RequestError(f"{name} is {value!r}; it must be {'an integer ' if whole else ''}"
-                                   f"{'above' if name in ('top_p', 'repetition_penalty') else 'from'} {low}"
+                                   f"{'above' if name == 'top_p' else 'from'} {low}"
                                    f"{'' if high == math.inf else f' to {high}'}")  # fmt: skip
         self._check_ends()
 
