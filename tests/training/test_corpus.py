@@ -137,3 +137,12 @@ def test_a_chat_ends_with_the_token_that_gives_the_turn_back(tmp_path: Path) -> 
     assert prompt < len(ids)
     ids, _ = encode_chat([ask, {"role": "assistant", "content": "fine"}], tokenizer)
     assert ids[-1] == tokenizer.control_ids[USER]
+
+
+def test_another_corpus_gets_a_tokenizer_of_its_own(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, run__steps=1)
+    first = Trainer(recipe).tokenizer
+    assert Trainer(recipe).tokenizer.backend.to_str() == first.backend.to_str()
+    file = recipe.data.corpus / "english.jsonl"
+    file.write_text(file.read_text().replace("lazy dog", "weary hedgehog of Sussex"))
+    assert Trainer(recipe).tokenizer.backend.to_str() != first.backend.to_str()

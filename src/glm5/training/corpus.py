@@ -8,6 +8,7 @@ file and the line's number.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -56,6 +57,22 @@ class Corpus:
                 f"`python -m recipes.nano.build {directory}`"
             )
         self._has_heldout = (directory / "heldout").is_dir()
+        self._digests: dict[Path, str] = {}
+
+    def digest(self, file: Path) -> str:
+        """What a source holds, as a short name."""
+        if file not in self._digests:
+            digest = hashlib.blake2b(digest_size=16)
+            with file.open("rb") as content:
+                while block := content.read(1 << 20):
+                    digest.update(block)
+            self._digests[file] = digest.hexdigest()
+        return self._digests[file]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all sources together."""
+        return " ".join(f"{file.stem}={self.digest(file)}" for file in self.files)
 
     def documents(self, file: Path) -> Iterator[Document]:
         """What a source teaches."""

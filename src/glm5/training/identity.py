@@ -25,8 +25,8 @@ def identity_of(recipe: Recipe, tokenizer: Tokenizer, shards: Iterable[Shard]) -
         **{f"model.{key}": value for key, value in recipe.model.items()},
         **{f"data.{key}": value for key, value in data.items()},
         "optimizer.kind": recipe.optimizer.kind,
-        "tokenizer": tokenizer_digest(tokenizer),
         **{f"source {shard.info.source}": shard.info.digest for shard in shards},
+        "tokenizer": tokenizer_digest(tokenizer),
     }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from glm5.disk.files import write_atomic
 from glm5.disk.lock import locked
 from glm5.errors import TrainingError
 from glm5.layers.swap import swap_for_training
@@ -229,13 +230,19 @@ class Trainer:
         settings, where = self.recipe.tokenizer, self.recipe.shard_dir
         if settings.path is not None:
             return Tokenizer.from_pretrained(settings.path)
-        if (where / "tokenizer.json").exists():
+        made_of, source = (
+            where / "tokenizer-corpus.txt",
+            f"{settings.sample_mb} MB of {self.corpus.fingerprint}",
+        )
+        if (where / "tokenizer.json").exists() and made_of.exists():
             known = Tokenizer.from_pretrained(where)
-            if known.vocab_size == settings.vocab_size:
+            if known.vocab_size == settings.vocab_size and made_of.read_text("utf-8") == source:
                 return known
         self.report.say(f"training a tokenizer of {settings.vocab_size} entries")
         tokenizer = train_bpe(sample_texts(self.corpus, settings.sample_mb), settings.vocab_size)
+        made_of.unlink(missing_ok=True)
         tokenizer.save_pretrained(where)
+        write_atomic(made_of, source)
         return tokenizer
 
     # ---------------------------------------------------------------- records

@@ -81,7 +81,7 @@ def build_shards(
         index = {"tokenizer": digest, "sources": {}}
     infos = []
     for file in corpus.files:
-        content = _file_digest(file)
+        content = corpus.digest(file)
         info = _known_shard(index["sources"].get(file.stem), content, out, tokenizer.vocab_size)
         if info is None:
             info = _build_one(corpus, file, out, tokenizer, content)
@@ -146,14 +146,6 @@ def _text_row(ids: list[int], tokenizer: Tokenizer) -> list[int]:
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.backend.to_str().encode("utf-8")).hexdigest()
-
-
-def _file_digest(file: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _build_one(corpus: Corpus, file: Path, out: Path, tokenizer: Tokenizer, content: str) -> ShardInfo:
