@@ -26,10 +26,13 @@ class Glm5Error(Exception):
     """
 
     def __init__(self, message: object = "") -> None:
-        text = str(message)
-        if len(text) > _LONGEST:
-            text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 + 50 :]}"
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+        text = _cut(str(message))
+        super().__init__(_cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in text)))
+
+
+def _cut(text: str) -> str:
+    middle = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[: middle - 5]} ... {text[-middle:]}"
 
 
 class NativeModuleError(Glm5Error, ImportError):

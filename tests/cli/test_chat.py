@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 import pytest
 
@@ -46,6 +47,27 @@ def test_a_message_that_does_not_fit_alone_keeps_the_conversation(model: Languag
     with pytest.raises(RequestError, match="the model holds at most 96"):
         list(session.answer("狐" * 500))
     assert [turn["content"] for turn in session._turns[:1]] == ["hi"]
+
+
+def test_a_message_that_fits_only_alone_is_answered(model: LanguageModel) -> None:
+    session = ChatSession(model, enable_thinking=False, max_new_tokens=20, temperature=0.0)
+    list(session.answer("hi"))
+    alone = len(model.prompt_ids([{"role": "user", "content": "x"}], enable_thinking=False)) - 1
+    list(session.answer("x " * ((96 - alone - 4) // 2)))
+    assert session.forgotten == 1
+
+
+def test_a_failed_answer_is_not_remembered(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = ChatSession(model, enable_thinking=False, max_new_tokens=3, temperature=0.0)
+
+    def fails(*_: object, **__: object) -> Iterator[str]:
+        yield "half"
+        raise RequestError("the logits are not finite")
+
+    monkeypatch.setattr(session.model, "stream", fails)
+    with pytest.raises(RequestError):
+        list(session.answer("q"))
+    assert session._turns == []
 
 
 class _Hostile:

@@ -29,6 +29,7 @@ def parts(pieces: list[str], inside: bool) -> tuple[str, str]:
         ("A <think> B", False, "", "A <think> B"),
         ("r</think>A</think>B<think>C", True, "r", "A</think>B<think>C"),
         ("never closed", True, "never closed", ""),
+        ("<think>rs</think>AB", True, "rs", "AB"),
         ("  <thin", False, "", "  <thin"),
         ("r</thi", True, "r</thi", ""),
         ("", True, "", ""),

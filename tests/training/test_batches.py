@@ -149,6 +149,9 @@ def test_prefix_lies_at_the_start_of_a_piece_and_is_not_learned() -> None:
 def test_unknown_mix_and_too_long_rows_are_refused() -> None:
     with pytest.raises(RecipeError, match="'fr' is no source"):
         packer(mixed(), {"fr": 1.0})
+    for weights in ({"en": 1.0, "en-a": 0.0}, {"en": 5e-324, "zh": 1e300}):
+        with pytest.raises(RecipeError, match=r"data\.stages\.mix"):
+            packer(mixed(), weights)
     with pytest.raises(RecipeError, match="no document fits"):
         packer([shard("chat", [99], first=0, chat=True)], {"chat": 1.0})
     batches = packer(mixed(), MIX)

@@ -81,13 +81,19 @@ def test_the_shipped_corpus_trains_a_tokenizer(tmp_path: Path) -> None:
         (b"[1]\n", "line 1 has neither text nor messages"),
         (b'{"text": ""}\n', "line 1: text is ''"),
         (b'{"text": 5}\n', "line 1: text is 5"),
-        (b'{"text": "\\ud800"}\n', "line 1: text has a lone surrogate at character 0"),
+        (b'{"text": "\\ud800"}\n', "line 1 has a lone surrogate"),
+        (b'{"text": "a", "language": "\\ud800"}\n', "line 1 has a lone surrogate"),
+        (b'{"messages": [{"role": "assistant", "content": "b"}]}\n', "line 1: needs at least two messages"),
         (b'{"text": "a", "language": 3}\n', "line 1: language is 3"),
         (
-            b'{"text": "a"}\n{"messages": [{"role": "assistant", "content": "b"}]}\n',
+            b'{"text": "a"}\n'
+            b'{"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}\n',
             "line 2 is a chat among",
         ),
-        (b'{"messages": [{"role": "user", "content": "b"}]}\n', "last message must be the assistant's"),
+        (
+            b'{"messages": [{"role": "user", "content": "b"}, {"role": "user", "content": "c"}]}\n',
+            "last message must be the assistant's",
+        ),
         (b'{"messages": [{"role": "wizard", "content": "b"}]}\n', "messages[0].role"),
         (b"", "holds no documents"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from glm5.disk.lock import locked
 from glm5.errors import CheckpointError, TrainingError
@@ -22,7 +25,8 @@ from glm5.text.tokenizer import Tokenizer
 from glm5.training.corpus import Corpus
 from glm5.training.heldout import bits_per_byte, xz_bits_per_byte
 from glm5.training.loop import StepResult, Trainer
-from glm5.training.snapshots import list_snapshots
+from glm5.training.progress import Report
+from glm5.training.snapshots import list_snapshots, remove_unfinished, save_snapshot
 from tests.training.corpus_fixture import tiny_recipe
 
 
@@ -228,6 +232,86 @@ def test_a_good_snapshot_is_kept_until_the_next_is_proven(tmp_path: Path) -> Non
     with pytest.raises(TrainingError, match=r"step-0000004 leads there and is now .*step-0000004.unusable"):
         trainer.train()
     assert [path.name for path in list_snapshots(tmp_path / "run")] == ["step-0000002"]
+
+
+def test_a_snapshot_of_another_process_stays_when_the_next_step_fails(tmp_path: Path) -> None:
+    Trainer(tiny_recipe(tmp_path, run__steps=2)).train()
+    with pytest.raises(TrainingError, match=r"if it fails so again, .*step-0000002 leads there"):
+        Trainer(tiny_recipe(tmp_path, run__steps=4, loss__mtp=1e38)).train()
+    assert [path.name for path in list_snapshots(tmp_path / "run")] == ["step-0000002"]
+    Trainer(tiny_recipe(tmp_path, run__steps=4)).train()
+    assert len(losses_of(tmp_path / "run")) == 4
+
+
+@pytest.mark.parametrize("kind", ["SIGHUP", "SIGTERM"])
+def test_a_repeated_hangup_still_saves(tmp_path: Path, kind: str) -> None:
+    trainer = Trainer(tiny_recipe(tmp_path))
+    log = trainer._log
+
+    def hang_up(*args: object) -> None:
+        log(*args)  # type: ignore[arg-type]
+        for _ in range(3):
+            signal.raise_signal(getattr(signal, kind))
+
+    trainer._log = hang_up  # type: ignore[method-assign]
+    assert trainer.train().name == "step-0000001"
+
+
+def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_recipe(tmp_path, run__steps=2))
+    log = trainer._log
+
+    def hang_up(*args: object) -> None:
+        log(*args)  # type: ignore[arg-type]
+        signal.raise_signal(signal.SIGHUP)
+
+    trainer._log = hang_up  # type: ignore[method-assign]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert trainer.train().name == "step-0000002"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_is_gone_ends_no_run(tmp_path: Path) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        def isatty(self) -> bool:
+            return True
+
+    report = Report(Console(file=Gone(), force_terminal=True))
+    assert Trainer(tiny_recipe(tmp_path), report).train().name == "step-0000008"
+
+
+def test_a_snapshot_is_not_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+
+    def counts(run: Path, step: int, *rest: Any) -> Path:
+        saved.append(step)
+        return save_snapshot(run, step, *rest)
+
+    monkeypatch.setattr("glm5.training.loop.save_snapshot", counts)
+    _run_until(Trainer(tiny_recipe(tmp_path, run__save_every=2)), 4)
+    assert saved == [2, 4]
+
+
+def test_a_snapshot_that_was_being_replaced_comes_back(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_recipe(tmp_path, run__steps=2))
+    trainer.train()
+    snapshot = list_snapshots(tmp_path / "run")[0]
+    snapshot.rename(snapshot.with_name(f"{snapshot.name}.replaced"))
+    remove_unfinished(tmp_path / "run")
+    assert list_snapshots(tmp_path / "run") == [snapshot]
+
+
+def test_how_documents_are_held_out_is_part_of_a_run(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, run__steps=1)
+    Trainer(recipe).train()
+    shutil.rmtree(tmp_path / "corpus" / "heldout")
+    with pytest.raises(TrainingError, match="another corpus"):
+        Trainer(recipe)
 
 
 def test_the_last_step_is_evaluated(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from glm5.cli import streams
+
 _AFTER_SECONDS = 1.0
 
 
@@ -37,6 +39,7 @@ def loading_bar(verb: str = "loading") -> Iterator[Callable[[int, int], None]]:
     def progress(done: int, total: int) -> None:
         nonlocal running
         if not running and time.monotonic() - started > _AFTER_SECONDS:
+            streams.interruptible()  # killed at once, the bar would leave the cursor hidden
             bar.start()
             running = True
         bar.update(task, completed=done, total=total)

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from glm5.cli import streams
 from glm5.cli.streams import printable, shown
-from glm5.errors import Glm5Error
+from glm5.errors import Glm5Error, TemplateError
 from glm5.runtime.language_model import Completion, LanguageModel
 from glm5.text.chat.reasoning import ReasoningSplit, begins_inside
 
@@ -50,6 +50,7 @@ class ChatSession:
         asked = {"role": "user", "content": text}
         ids = self._fit(asked)
         pieces: list[str] = []
+        failed = False
         tokenizer = self.model.tokenizer
         split = ReasoningSplit(begins_inside(ids, tokenizer.control_ids if tokenizer else {}))
         stream = self.model.stream(
@@ -68,8 +69,11 @@ class ChatSession:
                 if not part[1]:
                     pieces.append(part[0])
                 yield part
+        except Glm5Error:
+            failed = True
+            raise
         finally:
-            if self.remembers:
+            if self.remembers and not failed:
                 self._turns += [asked, {"role": "assistant", "content": "".join(pieces)}]
 
     def _fit(self, asked: dict[str, str]) -> list[int]:
@@ -79,8 +83,14 @@ class ChatSession:
         ids: list[int] = []
         for first in range(0, len(self._turns) + 1, 2):
             messages = [*self._system, *self._turns[first:], asked]
-            ids = self.model.prompt_ids(messages, enable_thinking=self.enable_thinking)
-            if len(ids) + room <= limit:
+            alone = first == len(self._turns)
+            try:
+                ids = self.model.prompt_ids(messages, enable_thinking=self.enable_thinking)
+            except TemplateError:  # an answer may spell what an unknown template must not hold
+                if alone:
+                    raise
+                continue
+            if len(ids) + room <= limit or (alone and len(ids) < limit):
                 self._turns, self.forgotten = self._turns[first:], self.forgotten + first // 2
                 break
         return ids  # if nothing helped, the model says how long the whole is

@@ -16,8 +16,10 @@ except ImportError:  # not POSIX: two writers are not noticed there
 
 
 @contextmanager
-def locked(directory: Path, error: type[Glm5Error]) -> Iterator[None]:
+def locked(directory: Path, error: type[Glm5Error], *, wait: bool = False) -> Iterator[None]:
     """Hold the folder's lock; the folder is made if it is missing, no file is.
+
+    wait: for whoever holds it, instead of refusing. On file systems without locks nobody is noticed.
 
     Raises:
         error: another process writes there now, or the folder cannot be written.
@@ -32,11 +34,13 @@ def locked(directory: Path, error: type[Glm5Error]) -> Iterator[None]:
         return
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
             raise error(
                 f"{directory}: another process writes there now; wait for it or name another folder"
             ) from None
+        except OSError:
+            pass  # no locks here, as on some network file systems
         yield
     finally:
         os.close(handle)

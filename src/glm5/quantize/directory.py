@@ -85,19 +85,21 @@ def quantize(
         _refuse_other_weights(path, destination, working)  # what another process did meanwhile
         try:
             if (destination / CONFIG_FILE).exists():  # cut when all but the plan had gone
-                same = (working / PLAN_FILE).read_text(encoding="utf-8") == job
-                shutil.rmtree(working)
-                if not same:
+                whole = (destination / RECEIPT_FILE).exists()
+                last = whole and [path.name for path in working.iterdir()] == [PLAN_FILE]
+                if not last or (working / PLAN_FILE).read_text(encoding="utf-8") != job:
                     raise CheckpointError(
                         f"{destination}: holds a checkpoint already; name another directory"
                     )
+                shutil.rmtree(working)
                 return _read_receipt(destination)
             if restart:
                 _throw_away(working, destination)
             _take_up(working, job)
             if not (working / CONFIG_FILE).exists():
+                side_files = weights.side_files()  # what is wrong with them is said before the work
                 receipts = _write_shards(weights, shards, working, calibration, progress)
-                _finish(weights, recipe, calibration, shards, receipts, working)
+                _finish(weights, recipe, calibration, shards, receipts, working, side_files)
             _put_in_place(working, destination)
         except OSError as error:
             raise CheckpointError(
@@ -330,6 +332,7 @@ def _finish(
     shards: list[list[Item]],
     receipts: list[dict[str, Any]],
     working: Path,
+    side_files: dict[str, bytes],
 ) -> None:
     """Index, side files, receipt and, last, the config; then the working folder is a whole checkpoint."""
     items = [item for shard in shards for item in shard]
@@ -341,7 +344,7 @@ def _finish(
         total = sum(item.written_bytes for item in items)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_atomic(working / INDEX_FILE, json.dumps(index, indent=1) + "\n")
-    for name, content in source.side_files().items():
+    for name, content in side_files.items():
         write_atomic(working / name, content)
     receipt = _receipt(source.config, recipe, calibration, items, receipts)
     write_atomic(working / RECEIPT_FILE, json.dumps(receipt, indent=1) + "\n")

@@ -120,9 +120,11 @@ class DirectorySource:
         return {path.name: self._side_file(path) for path in found if path.exists()}
 
     def _side_file(self, path: Path) -> bytes:
-        """Its bytes. A link may lead to the blobs of a hub cache, two folders up, and nowhere else."""
-        place, here = path.resolve(), self.path.resolve()
-        if not place.is_relative_to(here) and not place.is_relative_to(here.parent.parent / "blobs"):
+        """Its bytes. A link may lead to a file of the same name or to the blobs of a hub cache; another would
+        carry a private file into what is given on.
+        """
+        place = path.resolve()
+        if place.name != path.name and place.parent.name != "blobs":
             raise CheckpointError(f"{path}: is a link out of the checkpoint; put the file itself there")
         return read_bytes(path, limit=_SIDE_BYTES)
 

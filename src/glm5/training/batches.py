@@ -213,4 +213,9 @@ def _shares(mix: Mapping[str, float], shards: Sequence[Shard]) -> dict[str, floa
         total = sum(s.info.tokens for s in members)
         shares.update({s.info.source: weight * s.info.tokens / total for s in members})
     whole = sum(shares.values())
-    return {name: share / whole for name, share in shares.items() if share > 0}
+    found = {name: share / whole for name, share in shares.items() if share > 0} if whole > 0 else {}
+    if not found or not all(1e-9 <= share <= 1 for share in found.values()):
+        raise RecipeError(
+            f"data.stages.mix: {dict(mix)} leaves a source less than a billionth, or nothing to train on"
+        )
+    return found

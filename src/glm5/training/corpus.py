@@ -60,13 +60,14 @@ class Corpus:
         self._digests: dict[Path, str] = {}
 
     def digest(self, file: Path) -> str:
-        """What a source holds, as a short name."""
+        """What a source teaches, as a short name: its bytes, and how documents are held out of them."""
         if file not in self._digests:
             digest = hashlib.blake2b(digest_size=16)
             with file.open("rb") as content:
                 while block := content.read(1 << 20):
                     digest.update(block)
-            self._digests[file] = digest.hexdigest()
+            rule = "" if self._has_heldout else f"-without-1-in-{_EVERY}"
+            self._digests[file] = digest.hexdigest() + rule
         return self._digests[file]
 
     @property
@@ -98,8 +99,12 @@ class Corpus:
                 for held, document in _split(file):
                     if held and document.text is not None:
                         texts.setdefault(document.language or "text", []).append(document.text)
+        if not texts and self._has_heldout:
+            raise TrainingError(f"{self.directory / 'heldout'}: holds no text; fill it or delete it")
         if not texts:
-            raise TrainingError(f"{self.directory}: holds no text to hold out; give at least two documents")
+            raise TrainingError(
+                f"{self.directory}: holds no text to hold out; give at least two texts, or some in heldout/"
+            )
         return texts
 
 
@@ -179,7 +184,16 @@ def _rows(file: Path, lines: Any) -> Iterator[tuple[int, Document]]:
             raise TrainingError(f"{where} is not UTF-8 at byte {error.start}") from None
         except (ValueError, RecursionError) as error:
             raise TrainingError(f"{where} is not JSON ({error})") from None
+        if b"\\ud" in line.lower():  # as an escape, the only way into JSON
+            _refuse_surrogates(row, where)
         yield number, _document(row, where)
+
+
+def _refuse_surrogates(row: Any, where: str) -> None:
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise TrainingError(f"{where} has a lone surrogate, which is no text") from None
 
 
 def _document(row: Any, where: str) -> Document:
@@ -191,16 +205,15 @@ def _document(row: Any, where: str) -> Document:
         text = row["text"]
         if not isinstance(text, str) or not text:
             raise TrainingError(f"{where}: text is {text!r:.60}, not a string of at least one character")
-        surrogate = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
-        if surrogate is not None:
-            raise TrainingError(f"{where}: text has a lone surrogate at character {surrogate}")
         return Document(text, None, language, licence)
     messages = row["messages"]
     try:
         turns = check_messages(messages)
     except TemplateError as error:
         raise TrainingError(f"{where}: {error}") from None
-    if not turns or turns[-1].role != "assistant":
+    if len(turns) < 2:
+        raise TrainingError(f"{where}: needs at least two messages, a question and the answer")
+    if turns[-1].role != "assistant":
         raise TrainingError(f"{where}: its last message must be the assistant's: that is what is learned")
     return Document(None, messages, language, licence)
 

@@ -76,8 +76,9 @@ class Trainer:
         recipe.check_model()  # what is missing or impossible is said before any work is done
         self.corpus = Corpus(recipe.data.corpus)
         self.heldout = self.corpus.heldout()
-        self.tokenizer = self._tokenizer()
-        self.batches = batches_of(recipe, self.tokenizer, recipe.run.batch_rows, self.report.say)
+        with locked(recipe.shard_dir, TrainingError, wait=True):  # runs of one name share it
+            self.tokenizer = self._tokenizer()
+            self.batches = batches_of(recipe, self.tokenizer, recipe.run.batch_rows, self.report.say)
         config = recipe.model_config_for(
             self.tokenizer.vocab_size, self.tokenizer.eos_token_ids, self.tokenizer.pad_token_id
         )
@@ -94,6 +95,7 @@ class Trainer:
         self.tokens = 0
         self.seconds = 0.0
         self._came_from: Path | None = None  # the snapshot the weights are those of, until the next step
+        self._saved_here = False  # by this process, with this recipe
         self._resume()
 
     # ---------------------------------------------------------------- the run
@@ -102,7 +104,7 @@ class Trainer:
         """Run to the end, or to Ctrl-C; returns the directory of the last snapshot.
 
         Raises TrainingError when another process trains in the output directory now, and for a step that
-        is not finite. When that step came right after a snapshot, the snapshot is set aside as well.
+        is not finite. When that step came right after a save, the snapshot is set aside as well.
         """
         recipe, run = self.recipe, self.recipe.run
         with locked(recipe.output, TrainingError):
@@ -118,9 +120,9 @@ class Trainer:
             with _interruptible() as interrupt, self.report.running(self.step, run.steps) as progress:
                 while self.step < run.steps and not interrupt.asked:
                     self._one_step(progress)
-            last = self.save()
-            if self.step == run.steps:  # it was evaluated
-                prune(recipe.output, run.keep)
+                last = self._came_from or self.save()
+                if self.step == run.steps:  # it was evaluated
+                    prune(recipe.output, run.keep)
             return last
 
     def _one_step(self, progress: StepBar) -> None:
@@ -132,6 +134,10 @@ class Trainer:
         except TrainingError as error:
             if self._came_from is None:
                 raise
+            if not self._saved_here:  # what the recipe says now may be at fault
+                raise TrainingError(
+                    f"{error}; if it fails so again, {self._came_from} leads there: move it away"
+                ) from None
             aside = set_aside(self._came_from)
             raise TrainingError(f"{error}; {self._came_from.name} leads there and is now {aside}") from None
         if self._came_from is not None:  # it was seen to be good: older ones may go
@@ -199,7 +205,7 @@ class Trainer:
         path = save_snapshot(
             self.recipe.output, self.step, self.model, self.optimizers, self.tokenizer, state
         )
-        self._came_from = path
+        self._came_from, self._saved_here = path, True
         self.report.say(f"saved {path}")
         return path
 
@@ -218,7 +224,7 @@ class Trainer:
             raise TrainingError(
                 f"{newest / STATE_FILE}: cannot be used ({error!r}); delete {newest}"
             ) from None
-        self._came_from = newest
+        self._came_from, self._saved_here = newest, False
         self.report.say(f"going on from {newest}")
 
     def _stage(self) -> int:
@@ -230,10 +236,8 @@ class Trainer:
         settings, where = self.recipe.tokenizer, self.recipe.shard_dir
         if settings.path is not None:
             return Tokenizer.from_pretrained(settings.path)
-        made_of, source = (
-            where / "tokenizer-corpus.txt",
-            f"{settings.sample_mb} MB of {self.corpus.fingerprint}",
-        )
+        made_of = where / "tokenizer-corpus.txt"
+        source = f"{settings.sample_mb} MB of {self.corpus.fingerprint}"
         if (where / "tokenizer.json").exists() and made_of.exists():
             known = Tokenizer.from_pretrained(where)
             if known.vocab_size == settings.vocab_size and made_of.read_text("utf-8") == source:
@@ -280,11 +284,14 @@ class _Interrupt:
 
 @contextmanager
 def _interruptible() -> Iterator[_Interrupt]:
-    """Turn Ctrl-C, SIGTERM and a lost terminal into a wish to stop after this step; a second one insists."""
+    """Turn Ctrl-C, SIGTERM and a lost terminal into a wish to stop after this step; a second Ctrl-C insists.
+
+    What the process was told to ignore (nohup) stays ignored.
+    """
     interrupt = _Interrupt()
 
     def ask(signum: int, frame: FrameType | None) -> None:
-        if interrupt.asked:
+        if interrupt.asked and signum == signal.SIGINT:
             raise KeyboardInterrupt
         interrupt.asked = True
 
@@ -292,7 +299,8 @@ def _interruptible() -> Iterator[_Interrupt]:
     if hasattr(signal, "SIGHUP"):
         kinds.append(signal.SIGHUP)
     try:
-        before = {kind: signal.signal(kind, ask) for kind in kinds}
+        heard = [kind for kind in kinds if signal.getsignal(kind) is not signal.SIG_IGN]
+        before = {kind: signal.signal(kind, ask) for kind in heard}
     except ValueError:  # not the main thread: nobody sends signals here
         before = {}
     try:

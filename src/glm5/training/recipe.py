@@ -221,7 +221,7 @@ def parse_change(text: str) -> tuple[str, Any]:
 
 def _recipe_text(path: str | Path) -> tuple[str, str]:
     file = Path(path)
-    if file.suffix != ".toml" and not file.exists():
+    if file.suffix != ".toml" and not file.is_file():
         shipped = resources.files("glm5.training") / "recipes" / f"{path}.toml"
         if shipped.is_file():
             return shipped.read_text(encoding="utf-8"), f"recipe {path}"

@@ -61,10 +61,13 @@ def save_snapshot(
         write_atomic(temporary / STATE_FILE, json.dumps({"step": step, **state}, indent=1) + "\n")
         temporary.chmod(0o755)
         fsync_directory(temporary)
-        if target.exists():
-            shutil.rmtree(target)
+        replaced = run / f"{target.name}.replaced"
+        if target.exists():  # a kill may strike between two steps: one of them is there
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(target, replaced)
         os.replace(temporary, target)
         fsync_directory(run)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
@@ -77,9 +80,14 @@ def prune(run: Path, keep: int) -> None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove what kills left of snapshots that were being written."""
+    """Remove what kills left of snapshots that were being written; what was to be replaced comes back."""
     for path in run.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(path)
+    for path in run.glob("step-*.replaced"):
+        if path.with_suffix("").exists():
+            shutil.rmtree(path)
+        else:
+            os.replace(path, path.with_suffix(""))
 
 
 def set_aside(snapshot: Path) -> Path:

@@ -23,11 +23,19 @@ class ReasoningSplit:
 
     def __init__(self, inside: bool) -> None:
         self._inside, self._answers = inside, False
+        self._repeats = inside  # the model may write the tag that its prompt has opened already
         self._held = ""
 
     def push(self, piece: str) -> Iterator[tuple[str, bool]]:
         """(text, is it reasoning) of what is certain now."""
         self._held += piece
+        if self._repeats:
+            start = self._held.lstrip()
+            if start.startswith(THINK_OPEN):
+                self._held = start.removeprefix(THINK_OPEN)
+            elif THINK_OPEN.startswith(start):
+                return
+            self._repeats = False
         while self._held:
             tag = THINK_CLOSE if self._inside else None if self._answers else THINK_OPEN
             if tag is None:
