@@ -67,7 +67,7 @@ def attend(q_Td: Tensor, k_Sd: Tensor, v_Sd: Tensor, mask_TS: Tensor) -> Tensor:
 
 
 def mla_by_loops(layer: MultiHeadLatentAttention, x: Tensor, positions: Tensor, mask_BTS: Tensor) -> Tensor:
-    """SPEC 3, head by head."""
+    """The formula of MLA, head by head."""
     nope, rope, value, latent = layer.nope_dim, layer.rotary_dim, layer.value_dim, layer.latent_dim
     angles = angles_of(positions, rope)
     q_latent = rms(x @ layer.q_a_proj.weight.T, layer.q_a_layernorm.weight)

@@ -1,4 +1,4 @@
-"""The selection against a sorted list, and the scores against the formula of SPEC 4.1."""
+"""The selection against a sorted list, and the scores against the published formula."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def random_router(seed: int, **changes: Any) -> tuple[Router, Tensor]:
 
 
 def route_slowly(router: Router, x_D: list[float]) -> dict[int, float]:
-    """Expert -> weight of one token, in Python's double precision (SPEC 5.1)."""
+    """Expert -> weight of one token, in Python's double precision (DeepSeek-V3 report, 2.1.2)."""
     weight, bias = router.weight.tolist(), router.e_score_correction_bias.tolist()
     logits = [sum(a * b for a, b in zip(row, x_D, strict=True)) for row in weight]
     scores = [1 / (1 + math.exp(-logit)) for logit in logits]

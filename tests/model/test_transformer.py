@@ -200,7 +200,7 @@ def test_the_mtp_layer_is_its_formula(model_type: str) -> None:
     def rms(x: Tensor, weight: Tensor) -> Tensor:
         return x * (x.pow(2).mean(dim=-1, keepdim=True) + 1e-5).rsqrt() * weight
 
-    # SPEC 5.3: the embedding half comes first; the head's norm last.
+    # The embedding half comes first; the head's norm last.
     first, second = mtp.eh_proj.weight.split(64, dim=1)
     joined = rms(embedding, mtp.enorm.weight) @ first.T + rms(state, mtp.hnorm.weight) @ second.T
     out, _ = mtp.layer(joined, step, None)

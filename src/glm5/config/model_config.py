@@ -32,7 +32,7 @@ _ALIASES = {
     "num_mtp_layers": "num_nextn_predict_layers",
     "torch_dtype": "dtype",
 }
-# What a published config may leave out, by type (SPEC 1.2, 1.3; transformers 5.24 defaults).
+# What a published config may leave out, by type (the defaults of transformers 5.24).
 _TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {},
     "glm4_moe": {
@@ -161,7 +161,7 @@ class ModelConfig:
             if name in ("qk_head_dim", "rope_parameters"):
                 extra[key] = value
             elif name == "head_dim" and model_type != "glm4_moe":
-                # Releases disagree on this key (64 or 192) and it is neither width (SPEC 1.2).
+                # Releases disagree on this key (64 or 192) and it is neither width.
                 extra[key] = value
             elif key == "layer_types" and model_type == "glm_moe_dsa":
                 continue  # re-saved configs repeat the depth in it; every reader derives it anew
@@ -414,7 +414,7 @@ class ModelConfig:
 
 
 def _indexer_schedule(config: ModelConfig) -> tuple[str, ...]:
-    """Which layers own an indexer, when `indexer_types` is absent (SPEC 4.3)."""
+    """Which layers own an indexer, when `indexer_types` is absent."""
     layers, extra = config.num_hidden_layers, config.extra
     pattern = extra.get("index_topk_pattern")
     if pattern:
@@ -433,7 +433,7 @@ def _indexer_schedule(config: ModelConfig) -> tuple[str, ...]:
 
 
 def _rope_values(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """theta and the rotary share from `rope_parameters` first, the top level second (SPEC 1.2)."""
+    """theta and the rotary share from `rope_parameters` first, the top level second."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise ConfigError(f"rope_parameters is a {type(rope).__name__}, expected an object")

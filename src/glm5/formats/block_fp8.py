@@ -1,6 +1,6 @@
 """The vendor's own FP8 (`quant_method: fp8`): e4m3 weights with one fp32 scale a block.
 
-W = fp8 * scale, although the scale is called `weight_scale_inv` (SPEC 6.1). A matrix counts as
+W = fp8 * scale, although the scale is called `weight_scale_inv`. A matrix counts as
 quantized when it is stored in FP8; the published lists of modules name some that do not exist.
 """
 

@@ -1,6 +1,6 @@
 """The official FP8 of GLM-5: e4m3 weights with one fp32 scale a 128x128 block.
 
-W = fp8 * scale; the stored name is `weight_scale_inv` all the same (SPEC 6.1).
+W = fp8 * scale; the stored name is `weight_scale_inv` all the same.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Selection:
 
 
 class Indexer(nn.Module):
-    """Scores every visible cached token for every query with a few narrow heads (SPEC 4.1)."""
+    """Scores every visible cached token for every query, with a few narrow heads (DeepSeek-V3.2, 2.1)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ class Visibility:
 
 def visibility(queries: TokenPositions, keys: TokenPositions) -> Visibility:
     """Apply the rule: key j is visible to query i iff j is not padding, in the same document, and
-    stands at or before i, or in the prefix (SPEC 13).
+    stands at or before i, or in the prefix.
 
     The queries are the last T of the S keys. A padding query sees its own slot alone: its output is
     never used, but it must stay finite.

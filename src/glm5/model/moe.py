@@ -17,7 +17,7 @@ from glm5.model.step import Probe
 
 
 class Router(nn.Module):
-    """Sigmoid scores; the correction bias chooses, the plain scores weigh (SPEC 5.1)."""
+    """Sigmoid scores; the correction bias chooses, the plain scores weigh (DeepSeek-V3 report, 2.1.2)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ class SharedHead(nn.Module):
 
 
 class MTPLayer(nn.Module):
-    """A decoder layer behind a projection of [norm(embedding), norm(hidden)] (SPEC 5.3).
+    """A decoder layer behind a projection of [norm(embedding), norm(hidden)] (DeepSeek-V3 report, 2.2).
 
     It borrows the model's embedding and output head.
     """

@@ -51,5 +51,5 @@ SPECIAL_TOKENS: tuple[str, ...] = (
     "</arg_value>",
 )
 
-# A turn ends when the model writes one of these (SPEC: eos_token_id of every release).
+# A turn ends when the model writes one of these (eos_token_id of every release).
 EOS_TOKENS: tuple[str, ...] = (ENDOFTEXT, USER, OBSERVATION)
