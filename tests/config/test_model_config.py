@@ -266,3 +266,11 @@ def test_damaged_files_are_named_in_one_line(tmp_path: Path, content: bytes | No
     assert words in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("n_routed_experts", 4_000_000_000), ("hidden_size", 10**30), ("vocab_size", 2**40)]
+)
+def test_sizes_that_no_model_has_are_refused_by_name(key: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key} is {value}; no model has more than"):
+        tiny_config("glm_moe_dsa", **{key: value})

@@ -14,6 +14,7 @@ from glm5 import AutoModelForCausalLM, LanguageModel
 from glm5.checkpoint import Checkpoint
 from glm5.errors import ConfigError, RequestError
 from glm5.runtime.generation_config import sampling_defaults
+from glm5.runtime.language_model import Completion
 from tests.model_fixture import tiny_config
 from tests.runtime.language_model_fixture import tiny_language_model
 
@@ -144,3 +145,40 @@ def test_without_a_tokenizer_only_ids_work(tmp_path: Path) -> None:
     assert again.generate(torch.tensor([[1, 2]]), max_new_tokens=2, eos_token_id=[]).shape == (1, 4)
     with pytest.raises(RequestError, match="has no tokenizer"):
         again.stream("x")
+
+
+def test_arguments_that_programs_for_transformers_state() -> None:
+    model, ids = tiny_language_model(), torch.tensor([[5, 6, 7]])
+    wanted = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=[])
+    stated = model.generate(ids, max_length=7, do_sample=False, eos_token_id=[], num_beams=1,
+                            num_return_sequences=1, use_cache=True, streamer=None)  # fmt: skip
+    assert torch.equal(stated, wanted)
+
+    class Streamer:
+        heard: list[int] = []  # noqa: RUF012
+        ended = False
+
+        def put(self, ids: torch.Tensor) -> None:
+            self.heard += ids.flatten().tolist()
+
+        def end(self) -> None:
+            self.ended = True
+
+    streamer = Streamer()
+    model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=[], streamer=streamer)
+    assert streamer.heard == wanted[0].tolist()
+    assert streamer.ended
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 2}, {"num_return_sequences": 3}, {"use_cache": False}, {"nonsense": 1}]
+)
+def test_what_generate_cannot_do_is_refused_by_name(options: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=next(iter(options))):
+        tiny_language_model().generate(torch.tensor([[5]]), **options)
+
+
+def test_complete_tells_its_caller_too() -> None:
+    heard: list[Completion] = []
+    found = tiny_language_model().complete("fox", max_new_tokens=2, on_finish=heard.append)
+    assert heard == [found]

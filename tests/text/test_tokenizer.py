@@ -408,3 +408,46 @@ def test_importing_the_tokenizer_is_cheap() -> None:
     code = f"import glm5.text.tokenizer, sys; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- as in transformers ----------------------------------------------------------------------
+
+
+def test_names_that_programs_for_transformers_use() -> None:
+    tokenizer = small_tokenizer()
+    assert tokenizer.eos_token_id in tokenizer.eos_token_ids
+    assert tokenizer.convert_tokens_to_ids(tokenizer.eos_token) == tokenizer.eos_token_id
+    assert tokenizer.convert_ids_to_tokens([tokenizer.eos_token_id]) == [tokenizer.eos_token]
+    assert tokenizer.convert_tokens_to_ids(["no such token"]) == [None]
+    assert (tokenizer.bos_token, tokenizer.bos_token_id) == (None, None)
+    assert tokenizer.pad_token_id in tokenizer.all_special_ids
+    assert len(tokenizer.get_vocab()) == tokenizer.vocab_size
+    assert tokenizer.padding_side == "left"
+
+
+def test_padding_and_truncation_as_in_transformers() -> None:
+    tokenizer = small_tokenizer()
+    texts = ["a b c d e f", "a"]
+    plain = tokenizer(texts, padding="do_not_pad", add_special_tokens=False)["input_ids"]
+    assert len(plain[0]) > len(plain[1])
+    assert tokenizer(texts, truncation=True, max_length=2)["input_ids"] == [row[:2] for row in plain]
+    padded = tokenizer(texts, padding="max_length", max_length=20)
+    assert [len(row) for row in padded["input_ids"]] == [20, 20]
+    assert sum(padded["attention_mask"][1]) == len(plain[1])
+    assert padded["input_ids"][1][-len(plain[1]) :] == plain[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"padding": "nonsense"}, "padding is 'nonsense'"),
+        ({"truncation": True}, "max_length is None"),
+        ({"truncation": True, "max_length": 0}, "max_length is 0"),
+        ({"return_token_type_ids": True}, "no argument 'return_token_type_ids'"),
+        ({"nonsense": 1}, "no argument 'nonsense'"),
+    ],
+)
+def test_what_the_tokenizer_cannot_do_is_refused_by_name(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(TokenizerError) as caught:
+        small_tokenizer()("text", **options)
+    assert named in str(caught.value)

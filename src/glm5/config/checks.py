@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 # Ten times the deepest published model; a number beyond it is a mistake, or meant to exhaust memory.
 MAX_LAYERS = 1000
+MAX_SIZE = 1 << 30
+_LARGEST = {"n_routed_experts": 1 << 16}
 
 
 def check_depth(config: ModelConfig) -> None:
@@ -44,6 +46,8 @@ def check(config: ModelConfig) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or value <= 0:
             raise ConfigError(f"{name} is {value!r}; it must be a positive integer")
+        if value > _LARGEST.get(name, MAX_SIZE):
+            raise ConfigError(f"{name} is {value}; no model has more than {_LARGEST.get(name, MAX_SIZE)}")
     for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "latent_norm_eps"):
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):

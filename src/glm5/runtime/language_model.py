@@ -111,7 +111,8 @@ class LanguageModel(GlmForCausalLM):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        max_new_tokens: int = 20,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
         do_sample: bool | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -124,21 +125,39 @@ class LanguageModel(GlmForCausalLM):
         use_mtp: bool = False,
         num_draft_tokens: int = 1,
         prefill_chunk: int = PREFILL_CHUNK,
+        num_beams: int = 1,
+        num_return_sequences: int = 1,
+        use_cache: bool = True,
+        streamer: Any = None,
+        **unknown: Any,
     ) -> Tensor:
         """Continue each row; returns int64 [B, P + N], prompts in front, ended rows padded.
 
         input_ids: int64 [B, P]; attention_mask: [B, P], 0 on padding, on either side.
+        max_new_tokens: None = up to `max_length` tokens with the prompt, or 20 new ones.
         do_sample: False = greedy; None = as generation_config.json says.
         eos_token_id: in place of the model's own; an empty list = never end early.
         seed: row i draws with seed + i; None = another result every time.
         use_mtp: speculate with the MTP layer (one greedy row; faster; the same tokens in fp32, nearly
             always in 16 bits).
         prefill_chunk: tokens of the prompt read in one pass; fewer take less memory.
+        streamer: as in `transformers`: `put` with the prompt and each token of the one row, then `end`.
+        num_beams, num_return_sequences, use_cache: for callers that state 1, 1 and True; others are refused.
 
         Raises:
-            RequestError: an impossible parameter, or a prompt too long for the model.
+            RequestError: an unknown or impossible parameter, or a prompt too long for the model.
         """
+        stated = {"num_beams": (num_beams, 1), "num_return_sequences": (num_return_sequences, 1)}
+        for name, (value, only) in (stated | {"use_cache": (use_cache, True)}).items():
+            if value != only:
+                raise RequestError(f"{name} is {value!r}; only {only} is supported")
+        if unknown:
+            raise RequestError(f"generate has no argument {sorted(unknown)[0]!r}")
         prompts = _unpadded(input_ids, attention_mask)
+        if streamer is not None and len(prompts) != 1:
+            raise RequestError(f"a streamer is for one row at a time, not {len(prompts)}")
+        if max_new_tokens is None:
+            max_new_tokens = 20 if max_length is None else max(0, max_length - input_ids.shape[1])
         if do_sample and temperature == 0:
             raise RequestError("do_sample=True and temperature=0 contradict each other; leave one out")
         wanted = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -149,8 +168,12 @@ class LanguageModel(GlmForCausalLM):
             params = params.with_changes(stop_token_ids=ends, ignore_eos=True)
         seeds = [None if seed is None else seed + i for i in range(len(prompts))]
         rows = make_rows(self, prompts, [params.with_changes(seed=s) for s in seeds])
-        for _ in self._decode(rows, use_mtp, num_draft_tokens, prefill_chunk):
-            pass
+        steps = self._decode(rows, use_mtp, num_draft_tokens, prefill_chunk)
+        if streamer is None:
+            for _ in steps:
+                pass
+        else:
+            _feed_streamer(streamer, input_ids, rows[0], steps)
         pad = pad_token_id if pad_token_id is not None else self.config.pad_token_id
         pad = pad if pad is not None else next(iter(self.config.eos_token_ids), 0)
         longest = max(len(row.output_ids) for row in rows)
@@ -198,8 +221,11 @@ class LanguageModel(GlmForCausalLM):
     def complete(self, prompt: Prompt, **options: Any) -> Completion:
         """`stream` to the end."""
         done: list[Completion] = []
+        heard = options.pop("on_finish", None)
         for _ in self.stream(prompt, on_finish=done.append, **options):
             pass
+        if heard is not None:
+            heard(done[0])
         return done[0]
 
     def prompt_ids(self, prompt: Prompt, *, enable_thinking: bool | None = None) -> list[int]:
@@ -281,6 +307,16 @@ def _stream(
     if on_finish is not None:
         reason = "stop" if text.stopped else row.finish_reason or "stop"
         on_finish(Completion("".join(pieces), row.output_ids[:given], len(row.prompt_ids), reason))
+
+
+def _feed_streamer(streamer: Any, input_ids: Tensor, row: Row, steps: Iterator[list[Row]]) -> None:
+    streamer.put(input_ids.cpu())
+    given = 0
+    for _ in steps:
+        if len(row.output_ids) > given:
+            streamer.put(torch.tensor(row.output_ids[given:]))
+            given = len(row.output_ids)
+    streamer.end()
 
 
 def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:

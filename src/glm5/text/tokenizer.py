@@ -227,6 +227,56 @@ class Tokenizer:
         configured = _token_name(self.config.get("pad_token"))
         return self.control_ids.get(configured, self.control_ids.get(ENDOFTEXT))
 
+    # --- as in transformers ----------------------------------------------------------------
+
+    padding_side = "left"
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The configured end token's id, else the first that ends a turn; `eos_token_ids` has all."""
+        configured = self.control_ids.get(_token_name(self.config.get("eos_token")))
+        return configured if configured is not None else next(iter(self.eos_token_ids), None)
+
+    @property
+    def eos_token(self) -> str | None:
+        return self._token(self.eos_token_id)
+
+    @property
+    def pad_token(self) -> str | None:
+        return self._token(self.pad_token_id)
+
+    @property
+    def bos_token(self) -> str | None:
+        return _token_name(self.config.get("bos_token")) or None
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """None for GLM, whose texts begin with two tokens of their own."""
+        return self.control_ids.get(self.bos_token or "")
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """What `skip_special_tokens` leaves out."""
+        return sorted(self._skipped_ids)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token -> id, control tokens included."""
+        return dict(self.backend.get_vocab(with_added_tokens=True))
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+        """The id of a token, or of each of a list; None for what is no token."""
+        if isinstance(tokens, str):
+            return self.backend.token_to_id(tokens)
+        return [self.backend.token_to_id(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
+        """The token of an id, or of each of a list; None for what is no id."""
+        return self._token(ids) if isinstance(ids, int) else [self._token(i) for i in ids]
+
+    def _token(self, token_id: int | None) -> str | None:
+        found: str | None = None if token_id is None else self.backend.id_to_token(token_id)
+        return found
+
     # --- text ------------------------------------------------------------------------------
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
@@ -321,21 +371,44 @@ class Tokenizer:
         self,
         text: str | Sequence[str],
         *,
-        padding: bool = False,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
         return_tensors: str | None = None,
         allow_special: bool = False,
+        add_special_tokens: bool = True,
+        return_token_type_ids: bool = False,
+        **unknown: Any,
     ) -> BatchEncoding:
         """Encode one text or several: `input_ids` and `attention_mask`.
 
         One text without `return_tensors` gives flat lists; `return_tensors="pt"` gives int64
         tensors [B, T]. Padding is on the left, where generation wants it.
+        padding: True or "longest", "max_length", or False or "do_not_pad", as in `transformers`.
+        truncation: keep the first `max_length` ids. add_special_tokens: changes nothing; GLM adds none.
+
+        Raises TokenizerError for an argument or value that is none of these.
         """
+        if unknown or return_token_type_ids:
+            name = sorted(unknown)[0] if unknown else "return_token_type_ids"
+            raise TokenizerError(f"the tokenizer has no argument {name!r}; leave it out")
+        if padding not in (True, False, "longest", "max_length", "do_not_pad"):
+            raise TokenizerError(f"padding is {padding!r}; use True, 'max_length' or False")
+        needs_length = truncation or padding == "max_length"
+        if needs_length and (type(max_length) is not int or max_length < 1):
+            raise TokenizerError(
+                f"max_length is {max_length!r}; truncation and padding need a positive integer"
+            )
         single = isinstance(text, str)
         texts = [text] if isinstance(text, str) else list(text)
         rows = [self.encode(row, allow_special=allow_special) for row in texts]
+        if truncation:
+            rows = [row[:max_length] for row in rows]
         masks = [[1] * len(row) for row in rows]
         longest = max(map(len, rows), default=0)
-        if padding and any(len(row) < longest for row in rows):
+        if padding == "max_length":
+            longest = max(longest, max_length or 0)
+        if padding not in (False, "do_not_pad") and any(len(row) < longest for row in rows):
             if self.pad_token_id is None:
                 raise TokenizerError(f"{self.source}: has no pad token; encode texts one by one")
             masks = [[0] * (longest - len(mask)) + mask for mask in masks]
