@@ -148,6 +148,25 @@ def test_trust_remote_code_is_announced_and_runs_nothing(
     assert not any("modeling_evil" in name for name in sys.modules)
 
 
+def test_the_folder_of_a_run_is_not_its_snapshot(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (tmp_path / f"step-000000{step}").mkdir()
+        (tmp_path / f"step-000000{step}" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"is the folder of a run; name a snapshot: .*step-0000002$"):
+        glm5.load(tmp_path)
+
+
+def test_weights_past_all_memory_are_refused_with_numbers(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr("glm5.hub.os.sysconf", sizes.__getitem__)
+    with pytest.raises(
+        CheckpointError, match=r"weights take .* GB, this machine has 0\.0 GB of memory; load_in_4bit"
+    ):
+        glm5.load(checkpoint, device="cpu")
+
+
 def test_what_is_no_directory_is_named(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         glm5.load(tmp_path / "absent")

@@ -58,11 +58,32 @@ def load(
     wanted = _torch_dtype(dtype)
     quantize = _rounding(checkpoint) if load_in_4bit else None
     chosen = _device(device, checkpoint, wanted, quantize)
+    if chosen == "cpu":
+        _refuse_beyond_memory(checkpoint, wanted, quantize)
     if dtype is None and chosen == "cpu":
         # fp32 keeps more of a small model's answers and costs it nothing that matters.
         small = weight_bytes(checkpoint, torch.float32, quantize).total <= SMALL_MODEL_BYTES
         wanted = torch.float32 if small else None
     return LanguageModel.load(checkpoint, dtype=wanted, device=chosen, quantize=quantize, progress=progress)
+
+
+def _refuse_beyond_memory(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, quantize: SchemeOf | None
+) -> None:
+    """Weights past all of the machine's memory would be written to swap, or end the process."""
+    from glm5.planner.bytes import weight_bytes
+
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = weight_bytes(checkpoint, dtype, quantize).total
+    if needed > memory:
+        packed = checkpoint.is_packed or quantize is not None
+        advice = "use a smaller model" if packed else "load_in_4bit=True, or `glm5 quantize`, takes a quarter"
+        raise CheckpointError(
+            f"{checkpoint.directory}: its weights take {needed / 1e9:.1f} GB, this machine has "
+            f"{memory / 1e9:.1f} GB of memory; {advice}"
+        )
 
 
 def _rounding(checkpoint: Checkpoint) -> SchemeOf | None:
@@ -87,6 +108,11 @@ def resolve(path: str | os.PathLike[str] | None) -> Path:
     except OSError as error:  # a name too long, a folder that may not be entered
         raise CheckpointError(f"{str(directory)[:200]}: cannot be read ({error.strerror})") from None
     if directory.is_dir():
+        snapshots = sorted(directory.glob("step-*/config.json"))
+        if snapshots and not (directory / "config.json").exists():
+            raise CheckpointError(
+                f"{directory}: is the folder of a run; name a snapshot: {snapshots[-1].parent}"
+            )
         return directory
     if exists and directory.suffix.lower() == ".gguf":
         raise CheckpointError(

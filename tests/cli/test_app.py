@@ -146,3 +146,11 @@ def test_a_pattern_that_fits_nothing_is_one_line_and_exit_code_2(checkpoint: Pat
         (line,) = done.stderr.splitlines()
         assert "'*.self_atn.*'" in line and "'*.self_attn.*'" in line
         assert not (tmp_path / "int4").exists()
+
+
+def test_info_of_a_config_alone_shows_what_it_can(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    done = glm5("info", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "routed experts" in done.stdout
+    assert "tensors" not in done.stdout

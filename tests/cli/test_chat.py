@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from glm5.cli.chat import ChatSession, _answer_on, run_piped
+from glm5.cli.chat import ChatSession, _answer_on, run_piped, run_terminal
 from glm5.cli.streams import console, printable
 from glm5.errors import RequestError
 from glm5.runtime.language_model import LanguageModel
@@ -85,3 +85,23 @@ def test_an_answer_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) ->
     assert "\x1b]52" not in screen.file.getvalue()
     assert "ok" in screen.file.getvalue()
     assert printable("a\tb\nc\x1b[2J\x9b") == "a\tb\nc\ufffd[2J\ufffd"
+
+
+def test_the_prompt_says_how_to_leave_and_names_unknown_commands(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter([KeyboardInterrupt, "/exti", KeyboardInterrupt, KeyboardInterrupt])
+
+    def ask(prompt: str) -> str:
+        given = next(typed)
+        if isinstance(given, str):
+            return given
+        raise given
+
+    monkeypatch.setattr("builtins.input", ask)
+    run_terminal(ChatSession(model), "a[/]b")
+    out = capsys.readouterr().out
+    assert "a[/]b" in out
+    assert "/exti is no command" in out
+    assert out.count("Ctrl-C once more") == 2
+    assert next(typed, None) is None

@@ -145,18 +145,29 @@ def run_terminal(session: ChatSession, name: str) -> None:
     console.print(f"Talking to [bold]{escape(name)}[/]. {_HELP}.")
     if not session.remembers:
         console.print("[dim]This model takes each message alone; it does not remember earlier ones.[/]")
+    leaving = False
     while True:
         try:
             text = input("\n> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             console.print()
             return
+        except KeyboardInterrupt:
+            if leaving:
+                console.print()
+                return
+            leaving = True
+            console.print("\nCtrl-C once more, or /exit, ends the conversation")
+            continue
+        leaving = False
         if text in EXIT_WORDS:
             return
         if text == "/reset":
             session.reset()
         elif text in ("/help", "/?"):
             console.print(_HELP)
+        elif text.startswith("/") and " " not in text and text.isascii():
+            console.print(f"{text} is no command. {_HELP}.", markup=False)
         elif text:
             _answer_on(console, session, text)
 

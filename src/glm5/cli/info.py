@@ -46,9 +46,9 @@ def describe(path: str) -> dict[str, Any]:
         "active": config.active_params(),
         "mtp": config.total_params(mtp=True) - config.total_params(),
     }
-    if directory is not None:
-        from glm5.disk.shards import ShardIndex
+    from glm5.disk.shards import INDEX_FILE, SINGLE_FILE, ShardIndex
 
+    if directory is not None and any((directory / name).exists() for name in (INDEX_FILE, SINGLE_FILE)):
         index = ShardIndex(directory)
         facts["tensors"] = len(index.names)
         facts["bytes"] = index.bytes_by_dtype()
