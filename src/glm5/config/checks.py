@@ -47,7 +47,8 @@ def check(config: ModelConfig) -> None:
         if not isinstance(value, int) or value <= 0:
             raise ConfigError(f"{name} is {value!r}; it must be a positive integer")
         if value > _LARGEST.get(name, MAX_SIZE):
-            raise ConfigError(f"{name} is {value}; no model has more than {_LARGEST.get(name, MAX_SIZE)}")
+            shown = value if value < 1 << 64 else "past 2^64"
+            raise ConfigError(f"{name} is {shown}; no model has more than {_LARGEST.get(name, MAX_SIZE)}")
     for name in ("rms_norm_eps", "rope_theta", "routed_scaling_factor", "latent_norm_eps"):
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):
