@@ -22,6 +22,7 @@ from glm5.quantize.directory import RECEIPT_FILE
 from glm5.runtime.language_model import LanguageModel
 from glm5.text.tokenizer import Tokenizer
 from glm5.training.batches import batches_of
+from glm5.training.corpus import Corpus
 from glm5.training.recipe import Recipe as TrainingRecipe
 from glm5.training.recipe import read_recipe
 from glm5.training.snapshots import STATE_FILE
@@ -61,7 +62,7 @@ def release(
 
 def training_text(recipe: TrainingRecipe, tokenizer: Tokenizer) -> Calibration:
     """Rows of the last stage's mix, each piece a window: what it was taught is what rounding must keep."""
-    batches = batches_of(recipe, tokenizer, CALIBRATION_ROWS, lambda line: None)
+    batches = batches_of(recipe, Corpus(recipe.data.corpus), tokenizer, CALIBRATION_ROWS, lambda line: None)
     batches.enter_stage(len(recipe.data.stages) - 1)
     batch = batches.next()
     windows = []

@@ -9,6 +9,8 @@ from pathlib import Path
 from reprlib import repr as cut
 from typing import Any
 
+import torch
+
 from glm5.checkpoint import names
 from glm5.checkpoint.weights import StoredWeights
 from glm5.config import ModelConfig
@@ -17,6 +19,7 @@ from glm5.disk.shards import CONFIG_FILE, ShardIndex
 from glm5.disk.staged import refuse_interrupted
 from glm5.errors import CheckpointError, ConfigError
 from glm5.formats import formats_of
+from glm5.formats.plain import FLOATS
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,14 @@ class Checkpoint:
         """The object in `generation_config.json`, {} without the file."""
         path = self.directory / GENERATION_FILE
         return read_json(path, error=ConfigError) if path.exists() else {}
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """The dtype most float weights are stored in; bf16 for FP8, fp32 for fp64."""
+        found = self.index.bytes_by_dtype()
+        largest = next((name for name in found if name in (*FLOATS, "F8_E4M3")), "BF16")
+        names = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16}
+        return names.get(largest, torch.bfloat16)
 
     @cached_property
     def fingerprint(self) -> str:

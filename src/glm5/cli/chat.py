@@ -60,15 +60,10 @@ class ChatSession:
             **self.params,
         )
         try:
-            for piece in stream:
-                for part in split.push(piece):
-                    if not part[1]:
-                        pieces.append(part[0])
-                    yield part
-            for part in split.flush():
-                if not part[1]:
-                    pieces.append(part[0])
-                yield part
+            for piece, is_reasoning in split.parts(stream):
+                if not is_reasoning:
+                    pieces.append(piece)
+                yield piece, is_reasoning
         except Glm5Error:
             failed = True
             raise

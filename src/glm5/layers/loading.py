@@ -15,7 +15,6 @@ from glm5.checkpoint.filling import Progress, SchemeOf, fill, plan_reads, stored
 from glm5.config import ModelConfig
 from glm5.errors import CheckpointError
 from glm5.formats.packed import Packed, Scheme
-from glm5.formats.plain import FLOATS
 from glm5.kernels import cpu
 from glm5.layers.swap import materialize, swap
 from glm5.model.transformer import GlmForCausalLM
@@ -53,17 +52,9 @@ def load_model(
         model = build(checkpoint.config)
     targets = swap(model, device, quantize or stored_scheme(checkpoint))
     sources = plan_reads(checkpoint, targets)
-    materialize(model, dtype or stored_dtype(checkpoint), device)
+    materialize(model, dtype or checkpoint.float_dtype, device)
     fill(checkpoint, sources, rounder=None if quantize is None else round_packed, progress=progress)
     return model.eval()
-
-
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype most float weights are stored in; bf16 for FP8."""
-    found = checkpoint.index.bytes_by_dtype()
-    largest = next((name for name in found if name in (*FLOATS, "F8_E4M3")), "BF16")
-    names = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16}
-    return names.get(largest, torch.bfloat16)
 
 
 def round_packed(values: Tensor, scheme: Scheme, name: str, where: Path) -> Packed:

@@ -44,7 +44,7 @@ def weight_bytes(
     scheme_of: the scheme of each module that is rounded while loading; None = codes as they are stored.
     """
     config = checkpoint.config
-    itemsize = _stored_itemsize(checkpoint) if dtype is None else dtype.itemsize
+    itemsize = (checkpoint.float_dtype if dtype is None else dtype).itemsize
     scheme_of = scheme_of or stored_scheme(checkpoint)
     with torch.device("meta"):
         model = GlmForCausalLM(config)
@@ -95,10 +95,3 @@ def _matrix(shape: tuple[int, ...], scheme: Scheme | None, itemsize: int) -> int
     for extent in shape:
         count *= extent
     return count * itemsize
-
-
-def _stored_itemsize(checkpoint: Checkpoint) -> int:
-    found = checkpoint.index.bytes_by_dtype()
-    floats = ("F64", "F32", "F16", "BF16", "F8_E4M3")
-    largest = next((name for name in found if name in floats), "BF16")
-    return 4 if largest in ("F64", "F32") else 2

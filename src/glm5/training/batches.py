@@ -36,9 +36,11 @@ class Batch:
     prefix: Tensor | None  # bool [B, T]: tokens of a bidirectional prefix
 
 
-def batches_of(recipe: Recipe, tokenizer: Tokenizer, rows: int, say: Callable[[str], None]) -> PackedBatches:
+def batches_of(
+    recipe: Recipe, corpus: Corpus, tokenizer: Tokenizer, rows: int, say: Callable[[str], None]
+) -> PackedBatches:
     """Batches of a recipe's own mix; encodes what of its corpus is not encoded yet."""
-    infos = build_shards(Corpus(recipe.data.corpus), recipe.shard_dir, tokenizer, say)
+    infos = build_shards(corpus, recipe.shard_dir, tokenizer, say)
     return PackedBatches(
         open_shards(recipe.shard_dir, infos, tokenizer.vocab_size),
         recipe.data.stages,

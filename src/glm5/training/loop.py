@@ -78,7 +78,8 @@ class Trainer:
         self.heldout = self.corpus.heldout()
         with locked(recipe.shard_dir, TrainingError, wait=True):  # runs of one name share it
             self.tokenizer = self._tokenizer()
-            self.batches = batches_of(recipe, self.tokenizer, recipe.run.batch_rows, self.report.say)
+            rows, say = recipe.run.batch_rows, self.report.say
+            self.batches = batches_of(recipe, self.corpus, self.tokenizer, rows, say)
         config = recipe.model_config_for(
             self.tokenizer.vocab_size, self.tokenizer.eos_token_ids, self.tokenizer.pad_token_id
         )

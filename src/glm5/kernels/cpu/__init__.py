@@ -17,12 +17,12 @@ from glm5.kernels.cpu.experts import ExpertBank, MoeLayer, Told
 from glm5.kernels.cpu.layer import CacheRows, DecoderLayer, Pass
 from glm5.kernels.cpu.matrix import Matrix, Vector, linear, rms_norm
 from glm5.kernels.cpu.native import instruction_set, instruction_sets, set_threads, threads
-from glm5.kernels.cpu.rounding import Rounded, all_finite, round_weights
+from glm5.kernels.cpu.rounding import Rounded, round_weights
 from glm5.kernels.slots import Slots
 
 __all__ = [
     "MAX_INDEX_HEADS", "MAX_INDEX_WIDTH", "CacheRows", "DecoderLayer", "ExpertBank", "Matrix", "MoeLayer",
-    "Pass", "Rounded", "Slots", "Told", "Vector", "all_finite", "attend", "attend_grouped",
+    "Pass", "Rounded", "Slots", "Told", "Vector", "attend", "attend_grouped",
     "instruction_set", "instruction_sets", "linear", "rms_norm", "round_weights", "select", "set_threads",
     "threads",
 ]  # fmt: skip

@@ -46,10 +46,3 @@ def round_weights(
     )  # fmt: skip
     error, energy = library.round_weights(call, FLOAT_CODES[weight.dtype])
     return Rounded(words, scales, error, energy)
-
-
-def all_finite(values: Tensor) -> bool:
-    """Is nothing in a contiguous bf16, fp16 or fp32 tensor infinite or NaN?"""
-    fits = values.dtype in FLOAT_CODES and values.is_contiguous() and values.device.type == "cpu"
-    need(fits, f"values are {values.dtype} on {values.device}; they must be contiguous floats on the CPU")
-    return bool(library.all_finite(values.data_ptr(), values.numel(), FLOAT_CODES[values.dtype]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from glm5.text.control_tokens import THINK_CLOSE, THINK_OPEN
 
@@ -55,6 +55,12 @@ class ReasoningSplit:
                 return
             else:
                 self._answers = True
+
+    def parts(self, pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
+        """All parts of an answer, as its pieces come."""
+        for piece in pieces:
+            yield from self.push(piece)
+        yield from self.flush()
 
     def flush(self) -> Iterator[tuple[str, bool]]:
         """What was held back, at the end."""

@@ -54,23 +54,6 @@ Matrix make_matrix(int codes, int rows, int cols, int group, uintptr_t data, int
   return m;
 }
 
-// Is every value of a run of bf16, f16 or f32 finite? Infinities and NaN have all exponent bits set.
-template <class T>
-bool finite_run(const T* values, size_t count, T exponent) {
-  bool found = false;
-  for (size_t i = 0; i < count; i++) found |= (values[i] & exponent) == exponent;
-  return !found;
-}
-
-bool all_finite(uintptr_t address, size_t count, int codes) {
-  nb::gil_scoped_release release;
-  switch (static_cast<Codes>(codes)) {
-    case Codes::bf16: return finite_run<uint16_t>(at<const uint16_t>(address), count, 0x7f80);
-    case Codes::f16: return finite_run<uint16_t>(at<const uint16_t>(address), count, 0x7c00);
-    default: return finite_run<uint32_t>(at<const uint32_t>(address), count, 0x7f800000u);
-  }
-}
-
 void bind_parts(nb::module_& m) {
   nb::class_<Matrix>(m, "Matrix")
       .def("__init__",
@@ -221,7 +204,6 @@ void bind_functions(nb::module_& m) {
     }
     return nb::make_tuple(error, energy);
   });
-  m.def("all_finite", &all_finite);
   m.def("read_all", [](uintptr_t data, size_t bytes, int streams) {
     nb::gil_scoped_release release;
     return table().read_all(at<const uint8_t>(data), bytes, streams);
