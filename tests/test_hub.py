@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import glm5
-from glm5 import AutoModelForCausalLM, AutoTokenizer, Completion, LanguageModel, SamplingParams
+from glm5 import AutoModelForCausalLM, AutoTokenizer, LanguageModel, Result, SamplingParams
 from glm5.errors import CheckpointError, ConfigError, RequestError, TemplateError
 from glm5.hub import resolve
 from glm5.layers.packed import PackedExperts, PackedLinear
@@ -229,7 +229,7 @@ def test_a_saved_model_comes_back_whole(tmp_path: Path, defaults: SamplingParams
 
 @pytest.mark.parametrize("prompt", ["The quick", TALK])
 def test_streamed_pieces_are_the_completion(model: LanguageModel, prompt: Any) -> None:
-    done: list[Completion] = []
+    done: list[Result] = []
     pieces = list(model.stream(prompt, max_new_tokens=12, ignore_eos=True, on_finish=done.append))
     (completion,) = done
     assert "".join(pieces) == completion.text == small_tokenizer().decode(completion.ids)
@@ -261,7 +261,7 @@ def test_an_end_token_is_among_the_ids_and_not_in_the_text(model: LanguageModel)
 
 
 def test_a_bad_request_is_refused_before_the_first_piece(model: LanguageModel) -> None:
-    for options in ({"topp": 1}, {"temperature": -1}, {"use_mtp": True, "temperature": 1.0}):
+    for options in ({"topp": 1}, {"temperature": -1}, {"num_draft_tokens": 0}):
         with pytest.raises(RequestError):
             model.stream("The quick", **options)
     with pytest.raises(TemplateError):

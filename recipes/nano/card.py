@@ -63,10 +63,10 @@ def measure_answers(
         right = 0
         for row in track(asked, description=file.stem, console=Console(stderr=True), transient=True):
             question, answer = row["messages"]
-            text = model.complete([question], max_new_tokens=200).text
-            right += text.strip() == answer["content"].strip()
-            tokens += model.last_speculation.tokens
-            passes += model.last_speculation.passes
+            result = model.complete([question], max_new_tokens=200, use_mtp=True)
+            right += (result.text or "").strip() == answer["content"].strip()
+            tokens += result.statistics.output_tokens - 1
+            passes += result.statistics.steps - 1
         found[file.stem.removeprefix("tasks-")] = (right, len(asked))
     return found, tokens / max(passes, 1)
 

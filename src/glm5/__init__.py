@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from glm5.config import ModelConfig
     from glm5.errors import Glm5Error
     from glm5.hub import AutoModelForCausalLM, AutoTokenizer, load
-    from glm5.runtime.language_model import Completion, LanguageModel
-    from glm5.runtime.sampling import SamplingParams
+    from glm5.runtime.language_model import LanguageModel
+    from glm5.runtime.request import Result
+    from glm5.runtime.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 
@@ -28,18 +29,18 @@ _WHERE = {
     "load": "glm5.hub",
     "ModelConfig": "glm5.config",
     "Glm5Error": "glm5.errors",
-    "Completion": "glm5.runtime.language_model",
+    "Result": "glm5.runtime.request",
     "LanguageModel": "glm5.runtime.language_model",
-    "SamplingParams": "glm5.runtime.sampling",
+    "SamplingParams": "glm5.runtime.sampling_params",
 }
 
 __all__ = [
     "AutoModelForCausalLM",
     "AutoTokenizer",
-    "Completion",
     "Glm5Error",
     "LanguageModel",
     "ModelConfig",
+    "Result",
     "SamplingParams",
     "__version__",
     "generate",
@@ -55,7 +56,7 @@ def generate(prompt: str, model: LanguageModel | str | None = None, **options: A
     from glm5.hub import load as load_model
 
     loaded = load_model(model) if model is None or isinstance(model, str) else model
-    return loaded.complete(prompt, **options).text
+    return loaded.complete(prompt, **options).text or ""
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from glm5.layers.selection import SlotSelection
 from glm5.model.layer import DecoderLayer
 from glm5.model.routing import Routing
 from glm5.model.step import Probe
-from glm5.model.transformer import GlmForCausalLM, token_positions
+from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.cache import Cache
 from tests.kernels.kernel_fixture import instruction_set as instruction_set
 from tests.layers.layer_fixture import KINDS, config_of, native_model
@@ -26,19 +26,20 @@ from tests.model_fixture import random_ids
 from tests.quantize.quantize_fixture import exact_kernels as exact_kernels
 
 
-def layers_differ(model: GlmForCausalLM, held: int, tokens: int, padding: int = 0) -> list[float]:
-    """Largest difference of each layer's result, on the same inputs, relative to the result's size."""
+def layers_differ(model: GlmForCausalLM, held: int, tokens: int, fewer: int = 0) -> list[float]:
+    """Largest difference of each layer's result, on the same inputs, relative to the result's size.
+
+    Two sequences; the first holds `fewer` tokens less.
+    """
     ids = random_ids(2, held + tokens, seed=held)
-    mask = torch.ones_like(ids)
-    mask[0, :padding] = 0
     caches = [Cache(model.config, 2, held + tokens + 3, dtype=model.dtype) for _ in range(2)]
     found = []
     with torch.inference_mode():
         steps = []
         for cache in caches:
-            model(ids[:, :held], attention_mask=mask[:, :held], cache=cache)
-            steps.append(model.step(token_positions(ids[:, held:], mask, cache=cache), cache))
-        x = model.model.embed_tokens(ids[:, held:])
+            model.extend(torch.cat((ids[0, fewer:held], ids[1, :held])), cache.coming([held - fewer, held]))
+            steps.append(model.cached_step(cache.coming([tokens, tokens])))
+        x = model.model.embed_tokens(ids[:, held:].reshape(1, -1))
         chosen = plain_chosen = None
         for layer in model.model.layers:
             native, chosen = layer(x, steps[0], chosen)
@@ -48,7 +49,9 @@ def layers_differ(model: GlmForCausalLM, held: int, tokens: int, padding: int = 
             assert (chosen is None) == (plain_chosen is None)
             if chosen is not None:
                 assert isinstance(chosen, SlotSelection)
-                assert torch.equal(chosen.mask_BTS, plain_chosen.mask_BTS)
+                for number, part in enumerate(steps[0].parts):
+                    own, plain_own = chosen.of(number, part), plain_chosen.of(number, part)
+                    assert torch.equal(own.mask_BTS, plain_own.mask_BTS)
             x = plain
     return found
 
@@ -56,15 +59,15 @@ def layers_differ(model: GlmForCausalLM, held: int, tokens: int, padding: int = 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", [None, Scheme(4, 32)], ids=["floats", "int4"])
 @pytest.mark.parametrize(
-    ("held", "tokens", "padding"), [(7, 1, 0), (30, 3, 0), (30, 2, 5), (1, 40, 0), (2, 19, 1)]
+    ("held", "tokens", "fewer"), [(7, 1, 0), (30, 3, 0), (30, 2, 25), (1, 40, 0), (2, 19, 1)]
 )
 def test_it_is_the_modules_in_one_call(
-    kind: str, scheme: Scheme | None, held: int, tokens: int, padding: int, instruction_set: str,
+    kind: str, scheme: Scheme | None, held: int, tokens: int, fewer: int, instruction_set: str,
     exact_kernels: None,
 ) -> None:  # fmt: skip
     model = native_model(config_of(kind), scheme)
     assert all(isinstance(layer, FusedLayer) for layer in model.model.layers)
-    assert max(layers_differ(model, held, tokens, padding)) < 1e-4
+    assert max(layers_differ(model, held, tokens, fewer)) < 1e-4
 
 
 def test_sixteen_bits_differ_by_their_rounding(exact_kernels: None) -> None:
@@ -85,7 +88,7 @@ def test_mtp_layers_are_native_too(kind: str) -> None:
         with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
             if plain:
                 patch.setattr(FusedLayer, "forward", DecoderLayer.forward)
-            step = model.step(token_positions(torch.tensor([[1, 2, 3]]), cache=cache), cache)
+            step = model.cached_step(cache.coming([3]))
             results.append(draft(hidden, embedded, step))
     torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
 

@@ -15,7 +15,7 @@ from glm5.layers.loading import load_model
 from glm5.model.transformer import GlmForCausalLM
 from glm5.planner.bytes import cache_bytes_per_token, weight_bytes
 from glm5.quantize import Recipe, quantize
-from glm5.runtime.cache import Cache
+from glm5.runtime.cache import PagePool
 from tests.model_fixture import tiny_config, tiny_configs, tiny_model
 from tests.quantize.quantize_fixture import no_flushing as no_flushing
 from tests.quantize.quantize_fixture import small_config
@@ -59,7 +59,5 @@ def test_integers_are_counted_as_they_lie(tmp_path: Path, options: dict[str, Any
 def test_a_cache_takes_what_is_said(config: ModelConfig) -> None:
     layers = config.num_hidden_layers
     for some in (range(layers), range(layers, layers + config.num_nextn_predict_layers)):
-        cache = Cache(config, 2, 5, dtype=torch.bfloat16, layers=some)
-        buffers = [b for layer in cache.layers for b in layer.buffers() if b is not None]
-        size = sum(b.numel() * b.element_size() for b in buffers)
-        assert size == 2 * 5 * cache_bytes_per_token(config, torch.bfloat16, some)
+        pool = PagePool(config, 3, dtype=torch.bfloat16, layers=some, page_tokens=8)
+        assert pool.page_bytes == 8 * cache_bytes_per_token(config, torch.bfloat16, some)

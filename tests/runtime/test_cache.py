@@ -1,4 +1,4 @@
-"""The cache: reserved once, written where it lies, honest about what it holds."""
+"""The cache in pages: shared, copied before it is written, honest about what it holds."""
 
 from __future__ import annotations
 
@@ -8,90 +8,163 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from glm5.config import MODEL_TYPES
 from glm5.errors import RequestError
-from glm5.model.masks import TokenPositions
-from glm5.model.transformer import token_positions
-from glm5.runtime.cache import Cache
+from glm5.runtime.cache import Cache, Coming, OutOfPagesError, PagePool, Sequence
 from tests.model_fixture import random_ids, tiny_config, tiny_model
 
 quick = settings(max_examples=40, deadline=None)
 SHARED = {"num_hidden_layers": 4, "indexer_types": ["full", "shared", "shared", "full"]}
 
 
-def tiny_cache(model_type: str = "glm_moe_dsa", batch: int = 2, capacity: int = 12, **changes: Any) -> Cache:
-    return Cache(tiny_config(model_type, **changes), batch, capacity, dtype=torch.float32)
+def tiny_pool(
+    pages: int = 8, model_type: str = "glm_moe_dsa", page_tokens: int = 4, **changes: Any
+) -> PagePool:
+    return PagePool(tiny_config(model_type, **changes), pages, dtype=torch.float32, page_tokens=page_tokens)
 
 
-def cuts(data: st.DataObject, length: int) -> list[int]:
-    """Random chunk sizes that add up to `length`."""
-    sizes = []
-    while sum(sizes) < length:
-        sizes.append(data.draw(st.integers(1, length - sum(sizes))))
-    return sizes
+def written(sequence: Sequence, values: list[float]) -> None:
+    """Append a token a value, whose latents are that value in layer 0."""
+    coming = Coming(sequence.pool, [sequence], [len(values)])
+    coming.layer(0).append_latents(torch.tensor(values).view(1, -1, 1).expand(1, -1, 40))
+    coming.advance()
 
 
-# --- memory ----------------------------------------------------------------------------------
+def read(sequence: Sequence) -> list[float]:
+    size, pages = sequence.pool.page_tokens, sequence.pool.layers[0].first
+    return [float(pages[sequence.pages[at // size], at % size, 0]) for at in range(sequence.length)]
+
+
+# --- pages -----------------------------------------------------------------------------------
 
 
 @quick
-@given(st.integers(1, 12), st.data())
-def test_a_growing_cache_is_never_copied(length: int, data: st.DataObject) -> None:
-    cache, width = tiny_cache(), 40
-    rows, held, where = torch.randn(2, length, width), None, set()
-    for chunk in rows.split(cuts(data, length), dim=1):
-        held = cache.layers[0].append_latents(chunk)
-        cache.advance(chunk.shape[1])
-        where.add(held.data_ptr())
-        assert held._is_view()
-    assert len(where) == 1
-    assert torch.equal(held, rows)
+@given(st.data())
+def test_forks_and_cuts_never_change_each_other(data: st.DataObject) -> None:
+    """Random appends, forks, cuts and releases, against plain lists; at the end no page is lost."""
+    pool = tiny_pool(pages=24)
+    live: list[tuple[Sequence, list[float]]] = [(Sequence(pool), [])]
+    value = 0.0
+    for _ in range(data.draw(st.integers(1, 25))):
+        place = data.draw(st.integers(0, len(live) - 1))
+        sequence, expected = live[place]
+        what = data.draw(st.sampled_from(["append", "append", "fork", "cut", "release"]))
+        if what == "append":
+            new = [value + i for i in range(data.draw(st.integers(1, 9)))]
+            value += 100
+            try:
+                written(sequence, new)
+                expected += new
+            except OutOfPagesError:
+                assert pool.free_pages < sequence.pages_missing(sequence.length + len(new))
+        elif what == "fork" and len(live) < 5:
+            at = data.draw(st.integers(0, sequence.length))
+            live.append((sequence.fork(at), expected[:at]))
+        elif what == "cut":
+            at = data.draw(st.integers(0, sequence.length))
+            sequence.truncate(at)
+            del expected[at:]
+        elif what == "release" and len(live) > 1:
+            sequence.release()
+            live.pop(place)
+        for each, values in live:
+            assert read(each) == values
+    for each, _ in live:
+        each.release()
+    assert pool.free_pages == pool.num_pages
+    assert pool.references == [0] * pool.num_pages
 
 
-def test_keys_and_values_and_index_keys_grow_in_place_too() -> None:
-    cache, layer = tiny_cache("glm4_moe"), 0
-    first = cache.layers[layer].append_key_values(torch.ones(2, 3, 2, 24), torch.zeros(2, 3, 2, 24))
-    cache.advance(3)
-    second = cache.layers[layer].append_key_values(torch.zeros(2, 1, 2, 24), torch.ones(2, 1, 2, 24))
-    assert [t.data_ptr() for t in first] == [t.data_ptr() for t in second]
-    assert second[0].shape == (2, 4, 2, 24)
-    assert second[0].sum() == 2 * 3 * 2 * 24
+def test_a_fork_copies_nothing_until_it_is_written() -> None:
+    pool = tiny_pool()
+    one = Sequence(pool)
+    written(one, [1, 2, 3, 4, 5, 6])
+    other = one.fork()
+    assert other.pages == one.pages
+    assert pool.free_pages == 6
+    written(other, [7])
+    assert other.pages[0] == one.pages[0]
+    assert other.pages[1] != one.pages[1]
+    assert (read(one), read(other)) == ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7])
 
-    cache = tiny_cache()
-    first_keys = cache.layers[0].append_index_keys(torch.ones(2, 3, 12))
-    cache.advance(3)
-    assert cache.layers[0].append_index_keys(torch.ones(2, 1, 12)).data_ptr() == first_keys.data_ptr()
+
+def test_without_room_nothing_is_taken() -> None:
+    pool = tiny_pool(pages=3)
+    one, other = Sequence(pool), Sequence(pool)
+    written(one, [1.0] * 6)
+    with pytest.raises(OutOfPagesError, match="2 pages are needed, 1 of 3 are free"):
+        Coming(pool, [one, other], [3, 1])
+    assert (len(one.pages), len(other.pages), pool.free_pages) == (2, 0, 1)
+    with pytest.raises(OutOfPagesError, match="2 pages are needed, 1 of 3 are free"):
+        other.reserve(8)
+    assert (len(other.pages), pool.free_pages) == (0, 1)
 
 
 def test_only_layers_with_an_indexer_hold_index_keys() -> None:
-    cache = tiny_cache(**SHARED)
-    assert [layer._index_keys is not None for layer in cache.layers] == [True, False, False, True]
-
-
-def test_the_draft_layer_gets_a_cache_of_its_own() -> None:
-    config = tiny_config()
-    cache = Cache(config, 1, 8, dtype=torch.float32, layers=range(3, 4))
-    assert len(cache.layers) == 1
-    assert cache.layers[0]._index_keys is not None
-    assert Cache(config, 1, 8, dtype=torch.float32, layers=range(0)).layers == []
+    pool = tiny_pool(**SHARED)
+    assert [layer.index_keys is not None for layer in pool.layers.values()] == [True, False, False, True]
+    draft = PagePool(tiny_config(), 2, dtype=torch.float32, layers=range(3, 4))
+    assert list(draft.layers) == [3]
+    assert draft.layers[3].index_keys is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_cache_has_the_dtype_it_was_asked_for(dtype: torch.dtype) -> None:
-    cache = Cache(tiny_config(), 1, 4, dtype=dtype)
-    assert cache.layers[0].append_latents(torch.ones(1, 2, 40, dtype=dtype)).dtype == dtype
+    pool = PagePool(tiny_config(), 1, dtype=dtype)
+    (held,) = Coming(pool, [Sequence(pool)], [2]).layer(0).append_latents(torch.ones(1, 2, 40, dtype=dtype))
+    assert held.dtype == dtype
 
 
-# --- limits ----------------------------------------------------------------------------------
+# --- the plain network over pages --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 2**31), st.data())
+def test_a_step_over_many_sequences_is_each_ones_own_pass(
+    model_type: str, seed: int, data: st.DataObject
+) -> None:
+    """PyTorch's modules, page by page, in any mix; index_topk is 8, so that the selection is at work."""
+    model = tiny_model(tiny_config(model_type, index_n_heads=8), seed)
+    rows = [random_ids(1, data.draw(st.integers(1, 20)), seed=seed + i)[0] for i in range(3)]
+    pool = PagePool(model.config, 24, dtype=model.dtype, page_tokens=4)
+    sequences, found = [Sequence(pool) for _ in rows], [[] for _ in rows]
+    with torch.inference_mode():
+        while any(s.length < len(row) for s, row in zip(sequences, rows, strict=True)):
+            some = [i for i, row in enumerate(rows) if sequences[i].length < len(row)]
+            counts = [data.draw(st.integers(1, len(rows[i]) - sequences[i].length)) for i in some]
+            ids = torch.cat([rows[i][sequences[i].length :][:n] for i, n in zip(some, counts, strict=True)])
+            out = model.extend(ids, Coming(pool, [sequences[i] for i in some], counts))
+            for i, own in zip(some, out.split(counts), strict=True):
+                found[i].append(own)
+        for row, own in zip(rows, found, strict=True):
+            alone = model(row.unsqueeze(0)).hidden[0]
+            torch.testing.assert_close(torch.cat(own), alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("cut", [6, 9])
+@torch.inference_mode()
+def test_a_prefix_and_what_stands_behind_it(model_type: str, cut: int) -> None:
+    """The prompt of 6 alone, or with what was written behind it, in one step."""
+    model = tiny_model(tiny_config(model_type, index_n_heads=8, attention_mask_type="prefix"))
+    ids = random_ids(1, 14)[0]
+    cache = Cache(model.config, 1, 20, dtype=model.dtype)
+    first = model.extend(ids[:cut], cache.coming([cut], [6]))
+    rest = [model.extend(ids[i : i + 1], cache.coming([1], [6])) for i in range(cut, 14)]
+    alone = model(ids.unsqueeze(0), prefix_lengths=torch.tensor([6])).hidden[0]
+    torch.testing.assert_close(torch.cat([first, *rest]), alone, atol=2e-5, rtol=1e-4)
+
+
+# --- a cache by itself -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @torch.inference_mode()
 def test_more_than_the_capacity_is_refused_in_one_line_and_changes_nothing(model_type: str) -> None:
     model = tiny_model(tiny_config(model_type))
-    cache, ids = tiny_cache(model_type, batch=1, capacity=10), random_ids(1, 11)
+    cache, ids = Cache(model.config, 1, 10, dtype=model.dtype), random_ids(1, 11)
     model(ids[:, :8], cache=cache)
     with pytest.raises(RequestError, match="holds 10 tokens, 11 are needed") as caught:
         model(ids[:, 8:], cache=cache)
@@ -99,78 +172,23 @@ def test_more_than_the_capacity_is_refused_in_one_line_and_changes_nothing(model
     assert cache.length == 8
     after = model(ids[:, 8:10], cache=cache).logits
     torch.testing.assert_close(after, model(ids[:, :10]).logits[:, 8:], atol=2e-5, rtol=1e-4)
+    cache.truncate(8)
+    assert torch.equal(model(ids[:, 8:10], cache=cache).logits, after)
 
 
-def test_a_layer_refuses_what_does_not_fit() -> None:
-    cache = tiny_cache(capacity=4)
-    with pytest.raises(RequestError, match="holds 4 tokens, 5 are needed"):
-        cache.layers[0].append_latents(torch.zeros(2, 5, 40))
-    with pytest.raises(RequestError, match="is for 2 rows, not 1"):
-        cache.layers[0].append_latents(torch.zeros(1, 1, 40))
-    with pytest.raises(RequestError, match="is for 2 rows, not 3"):
-        cache.append_positions(token_positions(random_ids(3, 2), cache=cache))
-
-
-def test_packed_documents_are_refused() -> None:
-    cache, ids = tiny_cache(), random_ids(2, 4)
-    with pytest.raises(RequestError, match="packed documents"):
-        cache.append_positions(token_positions(ids, document_ids=torch.zeros_like(ids), cache=cache))
-
-
-@quick
-@given(st.integers(1, 10), st.data())
-def test_truncated_tokens_are_forgotten(length: int, data: st.DataObject) -> None:
-    cache, kept = tiny_cache(), data.draw(st.integers(0, length))
-    rows = torch.randn(2, length + 1, 40)
-    cache.append_positions(token_positions(random_ids(2, length), cache=cache))
-    cache.layers[0].append_latents(rows[:, :length])
-    cache.advance(length)
-    cache.truncate(kept)
-    assert cache.length == kept
-    places = token_positions(random_ids(2, 1), cache=cache)
-    assert places.positions.tolist() == [[kept], [kept]]
-    assert cache.append_positions(places).positions.tolist() == [list(range(kept + 1))] * 2
-    held = cache.layers[0].append_latents(rows[:, length:])
-    assert torch.equal(held, torch.cat((rows[:, :kept], rows[:, length:]), dim=1))
-
-
-# --- places ----------------------------------------------------------------------------------
-
-
-def spelt_out(places: TokenPositions) -> tuple[Tensor, Tensor, Tensor]:
-    shape = places.positions.shape
-    valid = torch.ones(shape, dtype=torch.bool) if places.valid is None else places.valid
-    prefix = torch.zeros(shape, dtype=torch.bool) if places.prefix is None else places.prefix
-    return places.positions, valid, prefix
-
-
-@quick
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.booleans(), st.data())
-def test_places_are_the_same_in_chunks_and_in_one_piece(
-    lengths: list[int], has_prefix: bool, data: st.DataObject
-) -> None:
-    batch, longest = len(lengths), max(lengths)
-    ids = random_ids(batch, longest)
-    mask = torch.arange(longest) >= longest - torch.tensor(lengths).unsqueeze(1)
-    prefix = None
-    if has_prefix:
-        prefix = torch.tensor([data.draw(st.integers(0, length)) for length in lengths])
-    cache = tiny_cache(batch=batch)
-    held = None
-    for at in torch.arange(longest).split(cuts(data, longest)):
-        places = token_positions(ids[:, at], attention_mask=mask[:, at], prefix_lengths=prefix, cache=cache)
-        held = cache.append_positions(places)
-        cache.advance(len(at))
-    whole = token_positions(ids, attention_mask=mask, prefix_lengths=prefix)
-    for chunked, expected in zip(spelt_out(held), spelt_out(whole), strict=True):
-        assert torch.equal(chunked, expected)
-    following = token_positions(ids[:, :1], cache=cache).positions
-    assert following.flatten().tolist() == lengths
-
-
-def test_rows_that_stand_at_different_positions_count_on_from_their_own() -> None:
-    cache = tiny_cache()
-    first = token_positions(random_ids(2, 2), position_ids=torch.tensor([[0, 1], [5, 6]]), cache=cache)
-    cache.append_positions(first)
-    cache.advance(2)
-    assert token_positions(random_ids(2, 2), cache=cache).positions.tolist() == [[2, 3], [7, 8]]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_mask": torch.tensor([[0, 1]])}, "attention_mask does not go with a cache"),
+        ({"position_ids": torch.tensor([[5, 6]])}, "position_ids does not go with a cache"),
+        ({"document_ids": torch.tensor([[0, 1]])}, "document_ids does not go with a cache"),
+    ],
+)
+def test_what_a_cache_does_not_take_is_refused(options: dict[str, Any], message: str) -> None:
+    model = tiny_model(tiny_config())
+    cache = Cache(model.config, 1, 10, dtype=model.dtype)
+    with pytest.raises(RequestError, match=message):
+        model(random_ids(1, 2), cache=cache, **options)
+    with pytest.raises(RequestError, match="is for 1 rows, not 3"):
+        model(random_ids(3, 2), cache=cache)
+    model(random_ids(1, 2), torch.ones(1, 2), cache=cache)  # a mask that hides nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from glm5 import AutoModelForCausalLM, LanguageModel
 from glm5.checkpoint import Checkpoint
 from glm5.errors import ConfigError, RequestError
 from glm5.runtime.generation_config import sampling_defaults
-from glm5.runtime.language_model import Completion
+from glm5.runtime.request import Result
+from glm5.runtime.sampling_params import SamplingParams
 from tests.model_fixture import tiny_config
 from tests.runtime.language_model_fixture import tiny_language_model
 
@@ -67,8 +69,7 @@ def test_speculation_gives_the_same_ids(model: LanguageModel) -> None:
     ids = torch.tensor([[5, 6, 7]])
     free = {"max_new_tokens": 10, "eos_token_id": []}
     drafted = model.generate(ids, use_mtp=True, num_draft_tokens=2, **free)  # type: ignore[arg-type]
-    assert torch.equal(drafted, model.generate(ids, **free))  # type: ignore[arg-type]
-    assert model.last_speculation.tokens == 9
+    assert torch.equal(drafted, model.generate(ids, use_mtp=False, **free))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -83,8 +84,8 @@ def test_speculation_gives_the_same_ids(model: LanguageModel) -> None:
         ([[5]], {"temperature": -1}, "temperature is -1"),
         ([[5]], {"max_new_tokens": -1}, "max_new_tokens is -1"),
         ([[5]], {"do_sample": True, "temperature": 0}, "contradict"),
-        ([[5]], {"prefill_chunk": 0}, "prefill_chunk is 0"),
-        ([[5], [6]], {"use_mtp": True}, "use_mtp is for one row"),
+        ([[5], [10**6]], {}, "prompt 1 has token id 1000000"),
+        ([[5]], {"num_return_sequences": 0}, "num_return_sequences is 0"),
         ([[5]], {"use_mtp": True, "num_draft_tokens": 0}, "num_draft_tokens is 0"),
         ([[5]], {"seed": -1}, "seed is -1"),
     ],
@@ -129,12 +130,63 @@ def test_the_end_tokens_of_the_generation_config_count(tmp_path: Path) -> None:
             glm5.load(tmp_path)
 
 
-def test_sixteen_bit_weights_are_speculated_only_when_asked(checkpoint: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="bfloat16")
-    model.complete("The quick", max_new_tokens=4)
-    assert not hasattr(model, "last_speculation")
-    model.complete("The quick", max_new_tokens=4, use_mtp=True)
-    assert model.last_speculation.passes > 0
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_speculation_is_on_where_it_is_exact_and_changes_nothing(checkpoint: Path, dtype: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.9, "seed": 2, "ignore_eos": True}
+    plain = model.complete("The quick", use_mtp=False, **options)
+    found = model.complete("The quick", **options)
+    asked = model.complete("The quick", use_mtp=True, num_draft_tokens=2, **options)
+    assert plain.ids == found.ids == asked.ids
+    assert (plain.statistics.drafted, asked.statistics.drafted > 20) == (0, True)
+
+
+def test_several_answers_to_a_prompt_are_those_of_their_seeds(model: LanguageModel) -> None:
+    ids = torch.tensor([[5, 6], [7, 8]])
+    hot: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": [], "do_sample": True, "temperature": 1.5}
+    found = model.generate(ids, seed=3, num_return_sequences=2, **hot)
+    assert found.shape == (4, 10)
+    for number, row in enumerate(found):
+        one = ids[number // 2 : number // 2 + 1]
+        assert torch.equal(model.generate(one, seed=3 + number, **hot)[0], row)
+
+
+def test_a_second_turn_reads_only_what_is_new(model: LanguageModel) -> None:
+    session = model.session([5, 6, 7] * 40)
+    first = session.generate(SamplingParams(max_new_tokens=9, ignore_eos=True))
+    session.extend([9, 10, 11])
+    other = session.fork(30)
+    second = session.generate(SamplingParams(max_new_tokens=2, ignore_eos=True))
+    assert second.statistics.cached_tokens == 120 + 8
+    assert session.ids[:129] == [5, 6, 7] * 40 + first.ids
+    third = other.generate(SamplingParams(max_new_tokens=2, ignore_eos=True))
+    assert third.statistics.cached_tokens == 29
+    plain = model.generate(torch.tensor([other.ids[:30]]), max_new_tokens=2, eos_token_id=[])
+    assert plain[0, 30:].tolist() == third.ids
+    session.truncate(3)
+    assert session.ids == [5, 6, 7]
+    with pytest.raises(RequestError, match="cannot be forked at 99"):
+        session.fork(99)
+    for each in (session, other):
+        each.close()
+    model.engine.forget()
+    assert model.engine.pool.free_pages == model.engine.pool.num_pages
+
+
+def test_a_copy_of_a_model_gets_an_engine_of_its_own(model: LanguageModel) -> None:
+    engine = model.engine
+    copied = copy.deepcopy(model)
+    assert model.engine is engine
+    assert copied.engine.model is copied
+    moved = copy.deepcopy(model).to(torch.bfloat16)
+    assert moved.engine.dtype == torch.bfloat16
+
+
+def test_a_stopped_stream_ends_its_request(model: LanguageModel) -> None:
+    pieces = model.stream("The quick", max_new_tokens=50, ignore_eos=True)
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert model.engine.scheduler.idle
 
 
 def test_without_a_tokenizer_only_ids_work(tmp_path: Path) -> None:
@@ -171,7 +223,7 @@ def test_arguments_that_programs_for_transformers_state() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_beams": 2}, {"num_return_sequences": 3}, {"use_cache": False}, {"nonsense": 1}]
+    "options", [{"num_beams": 2}, {"use_cache": False}, {"nonsense": 1}, {"prefill_chunk": 4}]
 )
 def test_what_generate_cannot_do_is_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=next(iter(options))):
@@ -179,6 +231,6 @@ def test_what_generate_cannot_do_is_refused_by_name(options: dict[str, Any]) -> 
 
 
 def test_complete_tells_its_caller_too() -> None:
-    heard: list[Completion] = []
+    heard: list[Result] = []
     found = tiny_language_model().complete("fox", max_new_tokens=2, on_finish=heard.append)
     assert heard == [found]

@@ -1,4 +1,4 @@
-"""Speculation gives the tokens of plain greedy decoding, in fewer passes where drafts agree."""
+"""Guesses change nothing but the number of steps."""
 
 from __future__ import annotations
 
@@ -9,39 +9,34 @@ from hypothesis import strategies as st
 
 from glm5.config import MODEL_TYPES
 from glm5.errors import RequestError
+from glm5.layers.exact import rows_are_exact
 from glm5.model.transformer import GlmForCausalLM, token_positions
-from glm5.runtime.decoding import decode, make_rows
-from glm5.runtime.sampling import SamplingParams
-from glm5.runtime.speculation import SpeculationStats, decode_speculatively
+from glm5.runtime.engine import Engine
+from glm5.runtime.request import Request
+from glm5.runtime.sampling_params import SamplingParams
+from glm5.runtime.speculation import Costs, Rate
+from tests.layers.layer_fixture import config_of, native_model
 from tests.model_fixture import random_ids, tiny_config, tiny_model
+from tests.runtime.language_model_fixture import tiny_language_model
 
 VOCAB = 256
 draft_lengths = st.integers(1, 4)
-chunks = st.sampled_from([1, 3, 2048])
+types = pytest.mark.parametrize("model_type", MODEL_TYPES)
 
 
-def plain(model: GlmForCausalLM, prompt: list[int], params: SamplingParams) -> tuple[list[int], str | None]:
-    (row,) = make_rows(model, [prompt], [params])
-    for _ in decode(model, [row]):
-        pass
-    return row.output_ids, row.finish_reason
-
-
-def speculated(
-    model: GlmForCausalLM, prompt: list[int], params: SamplingParams, drafts: int, chunk: int = 2048
-) -> tuple[list[int], str | None, SpeculationStats]:
-    (row,) = make_rows(model, [prompt], [params])
-    stats = SpeculationStats()
-    for _ in decode_speculatively(model, row, num_draft_tokens=drafts, prefill_chunk=chunk, stats=stats):
-        pass
-    return row.output_ids, row.finish_reason, stats
+def said(model: GlmForCausalLM, prompt: list[int], params: SamplingParams, drafts: int | None) -> Request:
+    engine = Engine(model, cache_tokens=2048)
+    request = engine.submit(prompt, params, num_draft_tokens=drafts)
+    engine.run()
+    assert request.error is None
+    return request
 
 
 @torch.no_grad()
 def counting_model(model_type: str = "glm_moe_dsa", strength: float = 0.0, seed: int = 0) -> GlmForCausalLM:
     """A model that says t + 1 after t, and an MTP layer that knows it.
 
-    `strength` lets attention and experts disturb both, so that drafts are right now and then.
+    `strength` lets attention and experts disturb both, so that guesses are right now and then.
     """
     model = tiny_model(tiny_config(model_type, index_n_heads=8), seed)
     embedding = model.model.embed_tokens.weight
@@ -56,7 +51,6 @@ def counting_model(model_type: str = "glm_moe_dsa", strength: float = 0.0, seed:
 
 COUNTING = {model_type: counting_model(model_type) for model_type in MODEL_TYPES}
 DISTURBED = {model_type: counting_model(model_type, 0.3, seed=1) for model_type in MODEL_TYPES}
-types = pytest.mark.parametrize("model_type", MODEL_TYPES)
 
 
 def counted(start: int, count: int) -> list[int]:
@@ -67,139 +61,152 @@ def counted(start: int, count: int) -> list[int]:
 
 
 @types
-@settings(max_examples=10, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 14), st.integers(1, 16), draft_lengths, chunks)
-def test_a_random_model_says_what_it_says_without_drafts(
-    model_type: str, seed: int, length: int, new: int, drafts: int, chunk: int
-) -> None:
-    model = tiny_model(tiny_config(model_type, index_n_heads=8), seed)
-    prompt, params = random_ids(1, length, seed=seed)[0].tolist(), SamplingParams(max_new_tokens=new)
-    *found, _ = speculated(model, prompt, params, drafts, chunk)
-    assert tuple(found) == plain(model, prompt, params)
-
-
-@types
 @settings(max_examples=12, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 12), draft_lengths, chunks, st.data())
-def test_drafts_that_are_right_now_and_then_change_nothing(
-    model_type: str, seed: int, length: int, drafts: int, chunk: int, data: st.DataObject
+@given(st.integers(0, 2**31), st.integers(1, 12), draft_lengths, st.data())
+def test_guesses_that_are_right_now_and_then_change_nothing(
+    model_type: str, seed: int, length: int, drafts: int, data: st.DataObject
 ) -> None:
     model, prompt = DISTURBED[model_type], random_ids(1, length, seed=seed)[0].tolist()
-    free, _ = plain(model, prompt, SamplingParams(max_new_tokens=16))
+    hot = {"temperature": 1.2, "seed": seed} if data.draw(st.booleans()) else {}
+    free = said(model, prompt, SamplingParams(max_new_tokens=16, **hot), 0).output_ids
     ends = (free[data.draw(st.integers(0, 15))],) if data.draw(st.booleans()) else ()
-    params = SamplingParams(max_new_tokens=data.draw(st.integers(1, 16)), stop_token_ids=ends)
-    *found, stats = speculated(model, prompt, params, drafts, chunk)
-    assert tuple(found) == plain(model, prompt, params)
-    assert stats.accepted <= stats.drafted
-    assert stats.tokens == len(found[0]) - 1
+    params = SamplingParams(max_new_tokens=data.draw(st.integers(1, 16)), stop_token_ids=ends, **hot)
+    plain, guessed = said(model, prompt, params, 0), said(model, prompt, params, drafts)
+    assert (guessed.output_ids, guessed.finish_reason) == (plain.output_ids, plain.finish_reason)
+    assert guessed.statistics.accepted <= guessed.statistics.drafted
+    assert guessed.statistics.steps + guessed.statistics.accepted >= len(plain.output_ids)
 
 
 @types
-def test_disturbed_drafts_are_both_taken_and_refused(model_type: str) -> None:
-    *_, stats = speculated(DISTURBED[model_type], [5, 9], SamplingParams(max_new_tokens=40), 3)
-    assert 0 < stats.accepted < stats.drafted
+def test_disturbed_guesses_are_both_taken_and_refused(model_type: str) -> None:
+    found = said(DISTURBED[model_type], [5, 9], SamplingParams(max_new_tokens=40), 3).statistics
+    assert 0 < found.accepted < found.drafted
 
 
 @types
-@pytest.mark.parametrize("chunk", [1, 3, 2048])
 @torch.inference_mode()
-def test_the_draft_layer_reads_what_it_reads_in_training(model_type: str, chunk: int) -> None:
+def test_the_draft_layer_reads_what_it_reads_in_training(model_type: str) -> None:
     """Its cached outputs are those of one uncached pass over the prompt and the answer."""
     model, prompt, read = DISTURBED[model_type], [9, 200, 31, 5, 77, 4, 18], []
     hook = model.mtp[0].shared_head.register_forward_hook(lambda _, args, out: read.append(out))
-    ids, _, stats = speculated(model, prompt, SamplingParams(max_new_tokens=14), 1, chunk)
+    request = said(model, prompt, SamplingParams(max_new_tokens=14), 1)
     hook.remove()
-    whole = torch.tensor([[*prompt, *ids]])
+    whole = torch.tensor([request.tokens])
     step = model.step(token_positions(whole[:, 1:]))
     expected = model.mtp[0](model(whole).hidden[:, :-1], model.model.embed_tokens(whole[:, 1:]), step)
     found = torch.cat(read, dim=1)
     assert found.shape[1] >= whole.shape[1] - 3
     torch.testing.assert_close(found, expected[:, : found.shape[1]], atol=2e-5, rtol=1e-4)
-    assert stats.accepted > 0
+    assert request.statistics.accepted > 0
 
 
-# --- fewer passes ----------------------------------------------------------------------------
+def test_text_that_repeats_is_looked_up_without_an_mtp_layer() -> None:
+    model = native_model(config_of("gqa"))
+    with torch.no_grad():  # says t + 1 after t, and begins again after 9
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight.roll(1, dims=0))
+        model.lm_head.weight[0] = 1.5 * model.model.embed_tokens.weight[9]
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
+                weight.zero_()
+    params = SamplingParams(max_new_tokens=60)
+    plain, guessed = said(model, [0, 1], params, 0), said(model, [0, 1], params, 4)
+    assert guessed.output_ids == plain.output_ids
+    assert guessed.statistics.accepted > 20
+
+
+# --- fewer steps -----------------------------------------------------------------------------
 
 
 @types
 @pytest.mark.parametrize("drafts", [1, 2, 3, 4])
-def test_agreeing_drafts_are_accepted(model_type: str, drafts: int) -> None:
+def test_agreeing_guesses_are_accepted(model_type: str, drafts: int) -> None:
     new = 1 + 4 * (drafts + 1)
-    ids, reason, stats = speculated(
-        COUNTING[model_type], [7, 250], SamplingParams(max_new_tokens=new), drafts
-    )
-    assert (ids, reason) == (counted(250, new), "length")
-    assert stats.accepted == stats.drafted == 4 * drafts
-    assert stats.tokens_per_pass == drafts + 1
+    found = said(COUNTING[model_type], [7, 250], SamplingParams(max_new_tokens=new), drafts)
+    assert (found.output_ids, found.finish_reason) == (counted(250, new), "length")
+    statistics = found.statistics
+    assert statistics.accepted == statistics.drafted == 4 * drafts
+    assert statistics.steps == 1 + 4
 
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 255), st.integers(1, 12), draft_lengths)
 def test_the_length_may_end_within_a_draft(start: int, new: int, drafts: int) -> None:
-    ids, reason, stats = speculated(
-        COUNTING["glm_moe_dsa"], [start], SamplingParams(max_new_tokens=new), drafts
-    )
-    assert (ids, reason) == (counted(start, new), "length")
-    assert stats.tokens == new - 1
-    assert stats.accepted == stats.drafted  # nothing is drafted past the end
+    found = said(COUNTING["glm_moe_dsa"], [start], SamplingParams(max_new_tokens=new), drafts)
+    assert (found.output_ids, found.finish_reason) == (counted(start, new), "length")
+    assert found.statistics.accepted == found.statistics.drafted  # nothing is guessed past the end
 
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 255), st.integers(1, 12), draft_lengths)
-def test_an_end_token_may_lie_within_an_accepted_draft(start: int, at: int, drafts: int) -> None:
+def test_an_end_token_may_lie_within_accepted_guesses(start: int, at: int, drafts: int) -> None:
     params = SamplingParams(max_new_tokens=20, stop_token_ids=((start + at) % VOCAB,))
-    ids, reason, _ = speculated(COUNTING["glm_moe_dsa"], [start], params, drafts)
-    assert (ids, reason) == (counted(start, at), "stop")
+    found = said(COUNTING["glm_moe_dsa"], [start], params, drafts)
+    assert (found.output_ids, found.finish_reason) == (counted(start, at), "stop")
 
 
-def test_equal_logits_are_decided_as_plain_decoding_does() -> None:
-    model = counting_model()
-    with torch.no_grad():  # tokens 40 and 140 are equally likely after 39, and so after 139
-        model.lm_head.weight[140] = model.lm_head.weight[40]
-    params = SamplingParams(max_new_tokens=40, stop_token_ids=(46,))
-    widths: list[int] = []
-    hook = model.model.register_forward_hook(lambda _, args, out: widths.append(out.shape[1]))
-    *found, stats = speculated(model, [35, 36], params, 4)
-    hook.remove()
-    assert tuple(found) == plain(model, [35, 36], params) == (counted(36, 10), "stop")
-    assert stats.accepted > 0
-    assert 1 in widths[1:]  # the pass that decides
+# --- when it pays ----------------------------------------------------------------------------
 
 
-def test_a_row_ended_from_outside_ends() -> None:
-    (row,) = make_rows(COUNTING["glm4_moe"], [[1]], [SamplingParams(max_new_tokens=50)])
-    for _ in decode_speculatively(COUNTING["glm4_moe"], row, num_draft_tokens=2):
-        row.stop()
-    assert (row.output_ids, row.finish_reason) == ([2], "stop")
+@pytest.mark.parametrize(("row", "pays"), [(0.05, True), (0.9, False)])
+def test_guesses_are_made_where_they_pay(row: float, pays: bool) -> None:
+    """Rows that cost next to nothing, and rows that cost a step each."""
+    model = native_model(config_of("dsa", num_nextn_predict_layers=1))
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight.roll(1, dims=0))
+        width = model.config.hidden_size
+        model.mtp[0].eh_proj.weight.copy_(torch.eye(width, 2 * width))
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
+                weight.zero_()
+    assert rows_are_exact(model)
+    engine = Engine(model, cache_tokens=2048)
+    costs = engine.speculator.costs
+    real = costs.note
+    costs.note = lambda what, sequences, rows, seconds: real(  # type: ignore[method-assign]
+        what, sequences, rows, row if what == "guess" else 1 + row * rows
+    )
+    request = engine.submit([7], SamplingParams(max_new_tokens=200))
+    engine.run()
+    assert request.output_ids == counted(7, 200)
+    steps, drafted = request.statistics.steps, request.statistics.drafted
+    assert (steps < 100) if pays else (drafted <= 0.05 * 200), (steps, drafted)
 
 
-def test_an_unfinished_generator_leaves_the_caller_out_of_inference_mode() -> None:
-    (row,) = make_rows(COUNTING["glm4_moe"], [[1]], [SamplingParams(max_new_tokens=50)])
-    steps = decode_speculatively(COUNTING["glm4_moe"], row)
-    next(steps)
-    assert not torch.is_inference_mode_enabled()
-    del steps
-    assert not torch.is_inference_mode_enabled()
+def test_costs_are_medians_and_guessed_until_known() -> None:
+    costs = Costs()
+    assert costs.step(1, 2) > costs.step(1, 0)
+    for seconds in (1.0, 1.1, 50.0):
+        costs.note("step", 1, 2, seconds)
+    assert costs.step(1, 2) == 1.1
+    rate = Rate(0.5)
+    for _ in range(60):
+        rate.note(1, 0)
+    assert rate.value > 0.95
 
 
-# --- refusals --------------------------------------------------------------------------------
+# --- when it is on ---------------------------------------------------------------------------
+
+
+def test_where_rows_are_not_exact_guesses_are_made_only_when_asked() -> None:
+    model = DISTURBED["glm_moe_dsa"]
+    assert not rows_are_exact(model)
+    assert said(model, [5, 9], SamplingParams(max_new_tokens=40), None).statistics.drafted == 0
+    assert rows_are_exact(native_model(config_of("dsa", num_nextn_predict_layers=1), dtype=torch.bfloat16))
+    assert not rows_are_exact(native_model(config_of("dsa"), dtype=torch.float16))
 
 
 @pytest.mark.parametrize(
-    ("changes", "params", "drafts", "message"),
+    ("changes", "drafts", "message"),
     [
-        ({"num_nextn_predict_layers": 0}, {}, 1, "no MTP layer"),
-        ({}, {"temperature": 0.5}, 1, "greedy decoding"),
-        ({}, {"repetition_penalty": 1.1}, 1, "greedy decoding"),
-        ({"attention_mask_type": "prefix"}, {}, 1, "prefix attention"),
-        ({}, {}, 0, "num_draft_tokens is 0"),
-        ({}, {}, 1.5, "num_draft_tokens is 1.5"),
+        ({"num_nextn_predict_layers": 0}, 1, "no MTP layer"),
+        ({"attention_mask_type": "prefix"}, 1, "prefix attention"),
+        ({}, 0, "num_draft_tokens is 0"),
+        ({}, 1.5, "num_draft_tokens is 1.5"),
     ],
 )
 def test_what_cannot_be_speculated_is_refused_at_once(
-    changes: dict[str, object], params: dict[str, float], drafts: int, message: str
+    changes: dict[str, object], drafts: int, message: str
 ) -> None:
-    model = tiny_model(tiny_config(**changes))
-    (row,) = make_rows(model, [[1, 2]], [SamplingParams(**params)])
+    model = tiny_language_model(**changes)
     with pytest.raises(RequestError, match=message):
-        decode_speculatively(model, row, num_draft_tokens=drafts)
+        model.stream("fox", use_mtp=True, num_draft_tokens=drafts)

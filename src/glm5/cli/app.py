@@ -221,7 +221,7 @@ def _root(
 def _sampling(*values: float | None) -> dict[str, Any]:
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
-    from glm5.runtime.sampling import SamplingParams
+    from glm5.runtime.sampling_params import SamplingParams
 
     SamplingParams(**given)  # type: ignore[arg-type]  # refuse before the model is loaded
     return given

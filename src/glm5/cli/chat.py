@@ -9,7 +9,8 @@ from typing import Any, TextIO
 from glm5.cli import streams
 from glm5.cli.streams import printable, shown
 from glm5.errors import Glm5Error, TemplateError
-from glm5.runtime.language_model import Completion, LanguageModel
+from glm5.runtime.language_model import LanguageModel
+from glm5.runtime.request import Result
 from glm5.text.chat.reasoning import ReasoningSplit, begins_inside
 
 EXIT_WORDS = ("/exit", "/quit")
@@ -35,7 +36,7 @@ class ChatSession:
         self.remembers = defaults.remembers_turns
         self._system = [{"role": "system", "content": system}] if system else []
         self._turns: list[dict[str, str]] = []
-        self.last: Completion | None = None
+        self.last: Result | None = None
         self.forgotten = 0
 
     def reset(self) -> None:
@@ -90,7 +91,7 @@ class ChatSession:
                 break
         return ids  # if nothing helped, the model says how long the whole is
 
-    def _finished(self, completion: Completion) -> None:
+    def _finished(self, completion: Result) -> None:
         self.last = completion
 
 

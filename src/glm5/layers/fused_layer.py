@@ -106,8 +106,7 @@ def _room_for_choice(run: cpu.Pass, topk: int) -> SlotSelection | None:
     """Where the indexer writes what it chooses; None where every key is kept."""
     if run.keys <= topk:
         return None
-    count = run.shape[0] * run.shape[1]
-    chosen = Slots(torch.zeros(count, topk, dtype=torch.int32), torch.empty(count, dtype=torch.int32))
+    chosen = Slots(torch.zeros(run.count, topk, dtype=torch.int32), torch.empty(run.count, dtype=torch.int32))
     return SlotSelection(chosen, run.shape[0], run.keys, topk)
 
 
@@ -115,9 +114,16 @@ def _pass_of(x: Tensor, step: Step) -> cpu.Pass:
     """What the layers of one pass share, made by the first of them."""
     run = step.shared.get("native")
     if run is None or run.shape != x.shape or run.dtype != x.dtype:
-        visible = step.visible
         turns = step.angles.turns.expand(x.shape[0], x.shape[1], -1)
-        run = cpu.Pass(x, turns, visible.num_keys, causal=visible.is_causal, visible=visible.mask_BTS)
+        if step.cache is None:
+            visible = step.parts[0].visible
+            run = cpu.Pass.of_rows(x, turns, causal=visible.is_causal, visible=visible.mask_BTS)
+        else:
+            at = step.cache.places
+            run = cpu.Pass(
+                x, turns.flatten(0, 1), tables=at.tables, starts=at.starts, rows=at.rows, slots=at.slots,
+                limits=at.limits, keys=at.keys, page_tokens=at.page_tokens, causal=at.causal,
+            )  # fmt: skip
         step.shared["native"] = run
     found: cpu.Pass = run
     return found

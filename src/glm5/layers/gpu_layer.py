@@ -16,8 +16,8 @@ from glm5.kernels import cuda
 from glm5.kernels.slots import Slots
 from glm5.layers.movable import Movable
 from glm5.layers.selection import SlotSelection, query_mask, query_rows, visible_slots
-from glm5.model.attention import MultiHeadLatentAttention
-from glm5.model.indexer import Indexer, Selection
+from glm5.model.attention import MultiHeadLatentAttention, joined
+from glm5.model.indexer import Indexer, PartSelections, Selection
 from glm5.model.layer import DecoderLayer
 from glm5.model.masks import Visibility
 from glm5.model.step import LayerCache, Step
@@ -56,19 +56,22 @@ class GpuLayer(Movable, DecoderLayer):
             step.probe.attention_input(self.index, x_BTD)
         angles, cache = step.angles, step.layer_cache(self.index)
         q_latent, q_nope, q_rope = attention.queries(x_BTD, angles)
-        latents_BSC = attention.latents(x_BTD, angles)
-        if cache is not None:
-            latents_BSC = cache.append_latents(latents_BSC)
+        latents_BTC = attention.latents(x_BTD, angles)
+        held = [latents_BTC] if cache is None else cache.append_latents(latents_BTC)
         if attention.indexer is not None:
             selection = choose(attention.indexer, x_BTD, q_latent, step, cache)
-        if attention.absorbed_is_cheaper(x_BTD.shape[1], latents_BSC.shape[1]):
-            dtype = attention.kv_a_layernorm.weight.dtype
-            # 29 MB a layer of GLM-5, unpacked once
-            kv_b = self.kept("kv_b", lambda: attention.kv_b_proj.weight.detach().to(dtype))
-            heads_out = absorbed(attention, kv_b, q_nope, q_rope, latents_BSC, step.visible, selection)
-        else:
-            heads_out = attention.expanded(q_nope, q_rope, latents_BSC, step.visible, selection)
-        return attention.o_proj(heads_out.flatten(2)), selection
+        heads_out = []
+        for number, (part, latents_BSC) in enumerate(zip(step.parts, held, strict=True)):
+            q = q_nope[:, part.tokens], q_rope[:, part.tokens]
+            chosen = None if selection is None else selection.of(number, part)
+            if attention.absorbed_is_cheaper(q[0].shape[1], latents_BSC.shape[1]):
+                dtype = attention.kv_a_layernorm.weight.dtype
+                # 29 MB a layer of GLM-5, unpacked once
+                kv_b = self.kept("kv_b", lambda: attention.kv_b_proj.weight.detach().to(dtype))  # noqa: B023
+                heads_out.append(absorbed(attention, kv_b, *q, latents_BSC, part.visible, chosen))
+            else:
+                heads_out.append(attention.expanded(*q, latents_BSC, part.visible, chosen))
+        return attention.o_proj(joined(heads_out).flatten(2)), selection
 
 
 def can_run_on_gpu(layer: DecoderLayer) -> bool:
@@ -113,16 +116,22 @@ def choose(
     indexer: Indexer, x_BTD: Tensor, q_latent_BTR: Tensor, step: Step, cache: LayerCache | None
 ) -> Selection | None:
     """What `Indexer` chooses, with scores and choice in the kernels."""
-    batch, queries, _ = x_BTD.shape
-    device = x_BTD.device
-    keys_BSd = indexer.keys(x_BTD, step.angles)
-    if cache is not None:
-        keys_BSd = cache.append_index_keys(keys_BSd)
-    if keys_BSd.shape[1] <= indexer.topk:
+    keys_BTd = indexer.keys(x_BTD, step.angles)
+    held = [keys_BTd] if cache is None else cache.append_index_keys(keys_BTd)
+    if all(keys_BSd.shape[1] <= indexer.topk for keys_BSd in held):
         return None
-    chosen = cuda.select(
-        indexer.queries(q_latent_BTR, step.angles).flatten(0, 1), indexer.head_weights(x_BTD).flatten(0, 1),
-        keys_BSd, query_rows(batch, queries, device), indexer.topk,
-        visible_slots(step.visible, batch, queries, device),
-    )  # fmt: skip
-    return SlotSelection(chosen, batch, keys_BSd.shape[1], indexer.topk)
+    queries_BTHd, weights_BTH = indexer.queries(q_latent_BTR, step.angles), indexer.head_weights(x_BTD)
+    found: list[Selection] = []
+    for part, keys_BSd in zip(step.parts, held, strict=True):
+        own = queries_BTHd[:, part.tokens]
+        batch, queries, device = *own.shape[:2], own.device
+        if keys_BSd.shape[1] <= indexer.topk:
+            found.append(Selection(part.visible.as_mask(queries, device), indexer.topk))
+            continue
+        chosen = cuda.select(
+            own.flatten(0, 1), weights_BTH[:, part.tokens].flatten(0, 1), keys_BSd,
+            query_rows(batch, queries, device), indexer.topk,
+            visible_slots(part.visible, batch, queries, device),
+        )  # fmt: skip
+        found.append(SlotSelection(chosen, batch, keys_BSd.shape[1], indexer.topk))
+    return found[0] if len(found) == 1 else PartSelections(found)

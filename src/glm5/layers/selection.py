@@ -13,6 +13,7 @@ from torch import Tensor
 from glm5.kernels.slots import Slots
 from glm5.model.indexer import Selection
 from glm5.model.masks import Visibility
+from glm5.model.step import Part
 
 
 class SlotSelection(Selection):
@@ -21,6 +22,14 @@ class SlotSelection(Selection):
     def __init__(self, chosen: Slots, batch: int, num_keys: int, topk: int) -> None:
         self.chosen, self.topk = chosen, topk
         self._shape = (batch, len(chosen.counts) // batch, num_keys)
+
+    def of(self, number: int, part: Part) -> Selection:
+        if part.tokens == slice(None):
+            return self
+        slots, counts = self.chosen
+        assert slots is not None
+        own = Slots(slots[part.tokens], counts[part.tokens])
+        return SlotSelection(own, 1, part.visible.num_keys, self.topk)
 
     @cached_property
     def mask_BTS(self) -> Tensor:  # type: ignore[override]

@@ -65,21 +65,22 @@ class MultiHeadLatentAttention(nn.Module):
         """Attend; returns the output [B, T, D] and the selection for the layers that share it."""
         if step.probe is not None:
             step.probe.attention_input(self.layer, x_BTD)
-        angles, visible, cache = step.angles, step.visible, step.layer_cache(self.layer)
+        angles, cache = step.angles, step.layer_cache(self.layer)
         q_latent, q_nope, q_rope = self.queries(x_BTD, angles)
-        latents_BSC = self.latents(x_BTD, angles)
-        if cache is not None:
-            latents_BSC = cache.append_latents(latents_BSC)
+        latents_BTC = self.latents(x_BTD, angles)
+        held = [latents_BTC] if cache is None else cache.append_latents(latents_BTC)
         if self.indexer is not None:
             assert q_latent is not None
             # The indexer has a loss of its own; the language-model loss must not reach it.
             selection = self.indexer(x_BTD.detach(), q_latent.detach(), step, cache)
-
-        if self.absorbed_is_cheaper(x_BTD.shape[1], latents_BSC.shape[1]):
-            heads_out = self.absorbed(q_nope, q_rope, latents_BSC, visible, selection)
-        else:
-            heads_out = self.expanded(q_nope, q_rope, latents_BSC, visible, selection)
-        return self.o_proj(heads_out.flatten(2)), selection
+        heads_out = []
+        for number, (part, latents_BSC) in enumerate(zip(step.parts, held, strict=True)):
+            q = q_nope[:, part.tokens], q_rope[:, part.tokens]
+            chosen = None if selection is None else selection.of(number, part)
+            absorbed = self.absorbed_is_cheaper(q[0].shape[1], latents_BSC.shape[1])
+            form = self.absorbed if absorbed else self.expanded
+            heads_out.append(form(*q, latents_BSC, part.visible, chosen))
+        return self.o_proj(joined(heads_out).flatten(2)), selection
 
     def query_latent(self, x_BTD: Tensor) -> Tensor:
         """The normalized query latent [B, T, q_lora_rank], which the indexer reads too."""
@@ -227,7 +228,7 @@ class GroupedQueryAttention(nn.Module):
         """Attend; returns the output [B, T, D], and no selection."""
         if step.probe is not None:
             step.probe.attention_input(self.layer, x_BTD)
-        angles, visible, cache = step.angles, step.visible, step.layer_cache(self.layer)
+        angles, cache = step.angles, step.layer_cache(self.layer)
         batch, num_queries, _ = x_BTD.shape
         q = self.q_proj(x_BTD).view(batch, num_queries, self.num_heads, self.head_dim)
         k = self.k_proj(x_BTD).view(batch, num_queries, self.num_key_value_heads, self.head_dim)
@@ -235,16 +236,21 @@ class GroupedQueryAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self._rotate(q, angles), self._rotate(k, angles)
-        if cache is not None:
-            k, value = cache.append_key_values(k, value)
-        out = dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), value.transpose(1, 2), visible, None, self.scale
-        )
-        return self.o_proj(out.flatten(2)), None
+        held = [(k, value)] if cache is None else cache.append_key_values(k, value)
+        out = []
+        for part, (keys, values) in zip(step.parts, held, strict=True):
+            heads = (q[:, part.tokens].transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+            out.append(dot_product_attention(*heads, part.visible, None, self.scale))
+        return self.o_proj(joined(out).flatten(2)), None
 
     def _rotate(self, x: Tensor, angles: Rotation) -> Tensor:
         rotary, rest = x.split_with_sizes([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
         return torch.cat((rotate(rotary, angles, interleaved=False), rest), dim=-1)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """What the parts of a step give, one behind the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def dot_product_attention(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from glm5.config import ModelConfig
 from glm5.model.linear import Linear
 from glm5.model.rotary import Rotation, rotate
-from glm5.model.step import LayerCache, Step
+from glm5.model.step import LayerCache, Part, Step
 
 INDEX_NORM_EPS = 1e-6
 
@@ -28,6 +28,10 @@ class Selection:
         self.topk = topk
         self._slots: Tensor | None = None
 
+    def of(self, number: int, part: Part) -> Selection:
+        """The selection of a part of the step."""
+        return self
+
     @property
     def slots_BTK(self) -> Tensor:
         """Chosen slots in rising order, int64; -1 where fewer than K are visible."""
@@ -38,6 +42,22 @@ class Selection:
             chosen = ranked.topk(min(self.topk, num_keys), dim=-1, largest=False, sorted=True).values
             self._slots = torch.where(chosen < num_keys, chosen, -1)
         return self._slots
+
+
+class PartSelections(Selection):
+    """The selections of a step's parts, each over the keys of its own sequence."""
+
+    def __init__(self, parts: list[Selection]) -> None:
+        self.each, self.topk = parts, parts[0].topk
+
+    def of(self, number: int, part: Part) -> Selection:
+        return self.each[number]
+
+    @property
+    def slots_BTK(self) -> Tensor:
+        """[1, N, K] for all tokens of the step."""
+        slots = [F.pad(s, (0, self.topk - s.shape[-1]), value=-1) for s in (p.slots_BTK for p in self.each)]
+        return torch.cat(slots, dim=1)
 
 
 class Indexer(nn.Module):
@@ -63,14 +83,22 @@ class Indexer(nn.Module):
     def forward(
         self, x_BTD: Tensor, q_latent_BTR: Tensor, step: Step, cache: LayerCache | None
     ) -> Selection | None:
-        """Write this chunk's index keys to `cache`; return the selection, None = every token."""
-        keys_BSd = self.keys(x_BTD, step.angles)
-        if cache is not None:
-            keys_BSd = cache.append_index_keys(keys_BSd)
-        if keys_BSd.shape[1] <= self.topk:
+        """Write this step's index keys to `cache`; return the selection, None = every token."""
+        keys_BTd = self.keys(x_BTD, step.angles)
+        held = [keys_BTd] if cache is None else cache.append_index_keys(keys_BTd)
+        if all(keys_BSd.shape[1] <= self.topk for keys_BSd in held):
             return None
-        scores = self.scores(x_BTD, q_latent_BTR, keys_BSd, step.angles)
-        return select(scores, step.visible.as_mask(x_BTD.shape[1], x_BTD.device), self.topk)
+        found = []
+        for part, keys_BSd in zip(step.parts, held, strict=True):
+            x = x_BTD[:, part.tokens]
+            visible = part.visible.as_mask(x.shape[1], x.device)
+            if keys_BSd.shape[1] <= self.topk:
+                found.append(Selection(visible, self.topk))
+            else:
+                angles = Rotation(step.angles.turns[:, part.tokens])
+                scores = self.scores(x, q_latent_BTR[:, part.tokens], keys_BSd, angles)
+                found.append(select(scores, visible, self.topk))
+        return found[0] if len(found) == 1 else PartSelections(found)
 
     def keys(self, x_BTD: Tensor, angles: Rotation) -> Tensor:
         """One key per token, shared by all heads: LayerNorm(W_k x), the first dims rotated."""

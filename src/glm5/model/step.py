@@ -1,67 +1,97 @@
 """What a forward pass knows beside its hidden states: rotations, visibility, the cache, who watches.
 
 One `Step` goes through the network. Training gives it no cache, tracing gives it a probe; nobody sets flags
-on modules. Letters: B rows, T new tokens, S slots held with them.
+on modules. Letters: B rows, T new tokens, N tokens of a cached step, S slots held with them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from glm5.model.masks import TokenPositions, Visibility
+from glm5.model.masks import Visibility
 from glm5.model.rotary import Rotation
 from glm5.model.routing import Routing
 
 
-class LayerCache(Protocol):
-    """One layer's memory of earlier tokens: what an `append_` writes is held, all of it comes back.
+@dataclass(frozen=True)
+class Part:
+    """Tokens of a step that share their keys: every row of an uncached batch, or one cached sequence."""
 
-    Its owner counts the tokens: every layer of a pass writes behind the same place. Raises RequestError
-    when there is no room.
+    tokens: slice  # of dimension 1
+    visible: Visibility
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a cached step lie, as kernels take it. N tokens of R sequences, in pages.
+
+    tables: int32, the page numbers of all sequences, one behind the other. starts: where each begins in it, R
+    integers. rows, slots, limits: int32 [N], a token's sequence, its own slot, how many slots it sees. keys:
+    the largest limit. causal: no token sees a later one of this step.
     """
 
-    def append_latents(self, latents_BTC: Tensor) -> Tensor:
-        """MLA's rows [latent | rotated key]; returns [B, S, C]."""
+    tables: Tensor
+    starts: list[int]
+    rows: Tensor
+    slots: Tensor
+    limits: Tensor
+    keys: int
+    page_tokens: int
+    causal: bool
+
+
+class LayerCache(Protocol):
+    """One layer's memory of earlier tokens: what an `append_` writes is held; each part gets its keys."""
+
+    def append_latents(self, latents_1NC: Tensor) -> Sequence[Tensor]:
+        """MLA's rows [latent | rotated key]; returns [1, S, C] for each part."""
         ...
 
-    def append_index_keys(self, keys_BTd: Tensor) -> Tensor:
-        """The indexer's keys; returns [B, S, d]."""
+    def append_index_keys(self, keys_1Nd: Tensor) -> Sequence[Tensor]:
+        """The indexer's keys; returns [1, S, d] for each part."""
         ...
 
-    def append_key_values(self, keys_BTHd: Tensor, values_BTHd: Tensor) -> tuple[Tensor, Tensor]:
-        """GQA's keys and values; returns both [B, S, H, d]."""
+    def append_key_values(self, keys_1NHd: Tensor, values_1NHd: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """GQA's keys and values; returns both, [1, S, H, d], for each part."""
         ...
 
     def buffers(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """For a layer that writes where they lie: latents or keys, values, index keys, [B, capacity, ..]."""
+        """Where they lie: latents or keys, values, index keys, [pages, tokens, ..]."""
         ...
 
 
-class KeyValueCache(Protocol):
-    """The caches of a run of layers, owned by the runtime."""
+class ComingTokens(Protocol):
+    """The caches of one step: N new tokens of any sequences, one sequence behind the other."""
 
     @property
-    def length(self) -> Any:
-        """Tokens held before this pass."""
+    def positions(self) -> Tensor:
+        """int64 [1, N], on the cache's device."""
         ...
+
+    @property
+    def parts(self) -> Sequence[Part]: ...
+
+    @property
+    def places(self) -> Places: ...
 
     def layer(self, index: int) -> LayerCache:
         """The cache of a layer; MTP layers follow the decoder's last."""
         ...
 
-    def next_positions(self, batch: int) -> Tensor | int:
-        """The position of each row's next token: 0, or [B, 1]."""
+    def advance(self) -> None:
+        """The tokens are written: from now on they are held."""
         ...
 
-    def append_positions(self, positions: TokenPositions) -> TokenPositions:
-        """Note the coming tokens; returns the positions of everything held and them."""
-        ...
 
-    def advance(self, tokens: int) -> None:
-        """The coming tokens are written."""
+class KeyValueCache(Protocol):
+    """A few sequences, held between calls of a model."""
+
+    def coming(self, counts: Sequence[int], prefix_lengths: Sequence[int] | None = None) -> ComingTokens:
+        """A step that adds so many tokens to each sequence. Raises RequestError when there is no room."""
         ...
 
 
@@ -88,14 +118,24 @@ class Probe:
 
 @dataclass(slots=True)
 class Step:
-    """angles: rotations of the T tokens. visible: which of S slots each may attend to."""
+    """angles: rotations of the tokens. visible: for an uncached pass, who sees whom.
+
+    A cached step is a row of N tokens of any sequences; each part of them sees its own sequence.
+    """
 
     angles: Rotation
-    visible: Visibility
-    cache: KeyValueCache | None = None
+    visible: Visibility | None = None
+    cache: ComingTokens | None = None
     probe: Probe | None = None
     # What the layers of one pass make once for all of them, by the name of who makes it.
     shared: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        if self.cache is not None:
+            return self.cache.parts
+        assert self.visible is not None
+        return (Part(slice(None), self.visible),)
 
     def layer_cache(self, layer: int) -> LayerCache | None:
         return None if self.cache is None else self.cache.layer(layer)

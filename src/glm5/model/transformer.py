@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from glm5.config import ModelConfig
+from glm5.errors import RequestError
 from glm5.model.indexer import Indexer
 from glm5.model.layer import DecoderLayer
 from glm5.model.linear import Embedding, Linear
@@ -20,7 +21,7 @@ from glm5.model.moe import MixtureOfExperts
 from glm5.model.mtp import MTPLayer
 from glm5.model.norms import RMSNorm
 from glm5.model.rotary import Rotation, rotation
-from glm5.model.step import KeyValueCache, Probe, Step
+from glm5.model.step import ComingTokens, KeyValueCache, Probe, Step
 
 
 @dataclass
@@ -84,7 +85,8 @@ class GlmForCausalLM(nn.Module):
     ) -> CausalLMOutput:
         """Logits for every token (or the last `logits_to_keep`).
 
-        input_ids: int64 [B, T]. With a `cache` they follow what it already holds.
+        input_ids: int64 [B, T]. With a `cache` of B sequences they follow what it already holds; it takes
+            no padding, positions or documents of the caller (see `extend` for rows of different lengths).
         attention_mask: [B, T], 0 on padding. Positions count from the first unpadded token.
         position_ids: int64 [B, T], overrides the counting.
         prefix_lengths: int64 [B], tokens of each row (from its first unpadded one) that see each
@@ -93,21 +95,38 @@ class GlmForCausalLM(nn.Module):
         document_ids: int64 [B, T], equal within one packed document.
         probe: told what passes through the layers.
         """
-        positions = token_positions(
-            input_ids, attention_mask, position_ids, prefix_lengths, document_ids, cache
-        )
-        hidden = self.model(input_ids, self.step(positions, cache, probe))
-        if cache is not None:
-            cache.advance(input_ids.shape[1])
+        if cache is None:
+            positions = token_positions(input_ids, attention_mask, position_ids, prefix_lengths, document_ids)
+            hidden = self.model(input_ids, self.step(positions, probe))
+        else:
+            given = {"position_ids": position_ids, "document_ids": document_ids}
+            if attention_mask is not None and not bool(attention_mask.all()):
+                given["attention_mask"] = attention_mask
+            wrong = next((name for name, value in given.items() if value is not None), None)
+            if wrong is not None:
+                raise RequestError(f"{wrong} does not go with a cache; give each row a sequence of its own")
+            prefixes = None if prefix_lengths is None else prefix_lengths.tolist()
+            coming = cache.coming([input_ids.shape[1]] * len(input_ids), prefixes)
+            hidden = self.extend(input_ids.flatten(), coming, probe).view(*input_ids.shape, -1)
         kept = hidden if logits_to_keep == 0 else hidden[:, -logits_to_keep:]
         return CausalLMOutput(self.lm_head(kept), hidden)
 
-    def step(
-        self, positions: TokenPositions, cache: KeyValueCache | None = None, probe: Probe | None = None
-    ) -> Step:
-        """A pass over tokens at these positions, behind what `cache` holds."""
-        keys = positions if cache is None else cache.append_positions(positions)
-        return Step(self.angles(positions.positions), visibility(positions, keys), cache, probe)
+    def extend(self, ids_N: Tensor, coming: ComingTokens, probe: Probe | None = None) -> Tensor:
+        """Hidden states [N, D] of one step: new tokens of any sequences, which are then held.
+
+        ids: int64 [N], the tokens of each sequence one behind the other.
+        """
+        hidden = self.model(ids_N.unsqueeze(0), self.cached_step(coming, probe))
+        coming.advance()
+        return hidden.squeeze(0)
+
+    def cached_step(self, coming: ComingTokens, probe: Probe | None = None) -> Step:
+        """A pass over tokens behind what a cache holds."""
+        return Step(self.angles(coming.positions), cache=coming, probe=probe)
+
+    def step(self, positions: TokenPositions, probe: Probe | None = None) -> Step:
+        """A pass over tokens at these positions, without a cache."""
+        return Step(self.angles(positions.positions), visibility(positions, positions), probe=probe)
 
     def angles(self, positions_BT: Tensor) -> Rotation:
         """The rotations of these positions, for attention and indexer."""
@@ -146,23 +165,21 @@ def token_positions(
     position_ids: Tensor | None = None,
     prefix_lengths: Tensor | None = None,
     document_ids: Tensor | None = None,
-    cache: KeyValueCache | None = None,
 ) -> TokenPositions:
-    """Positions and roles of this call's tokens, counted on from what `cache` holds."""
+    """Positions and roles of the tokens of an uncached pass."""
     batch, length = input_ids.shape
     device = input_ids.device
     valid = None
     if attention_mask is not None and not bool(attention_mask.all()):
         valid = attention_mask[:, -length:].bool()
     if position_ids is None:
-        start = 0 if cache is None else cache.next_positions(batch)
         if valid is None:
             steps = torch.arange(length, device=device).expand(batch, length)
         else:
             steps = (valid.long().cumsum(dim=1) - 1).clamp(min=0)
         if document_ids is not None:
             steps = steps - _document_starts(document_ids, steps)
-        position_ids = steps + start
+        position_ids = steps
     prefix = None
     if prefix_lengths is not None:
         prefix = position_ids < prefix_lengths.to(device).view(batch, 1)

@@ -10,7 +10,7 @@ from glm5.checkpoint.directory import GENERATION_FILE, Checkpoint
 from glm5.config import ModelConfig
 from glm5.disk.files import write_atomic
 from glm5.errors import ConfigError, RequestError
-from glm5.runtime.sampling import SamplingParams
+from glm5.runtime.sampling_params import SamplingParams
 
 _KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 

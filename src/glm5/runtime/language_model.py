@@ -20,7 +20,7 @@ from glm5.config import ModelConfig
 from glm5.errors import RequestError
 from glm5.layers.loading import load_model
 from glm5.model.transformer import GlmForCausalLM
-from glm5.runtime.decoding import PREFILL_CHUNK, Row, decode, make_rows
+from glm5.runtime.engine import Engine
 from glm5.runtime.forking import answer_after_forks
 from glm5.runtime.generation_config import (
     sampling_defaults,
@@ -28,23 +28,15 @@ from glm5.runtime.generation_config import (
     write_generation_config,
 )
 from glm5.runtime.memory import keep_freed_memory
-from glm5.runtime.sampling import SamplingParams
-from glm5.runtime.speculation import SpeculationStats, decode_speculatively, speculation_obstacle
+from glm5.runtime.request import Request, Result
+from glm5.runtime.sampling_params import SamplingParams
+from glm5.runtime.scheduler import Limits
+from glm5.runtime.session import Session
 from glm5.text.control_tokens import GMASK, SOP
 from glm5.text.stream import TextStream
 from glm5.text.tokenizer import TOKENIZER_FILE, RenderedChat, Tokenizer
 
 Prompt = str | Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished text: its ids without the prompt, and why it ended (`stop` or `length`)."""
-
-    text: str
-    ids: list[int]
-    prompt_tokens: int
-    finish_reason: str
 
 
 @dataclass(frozen=True)
@@ -63,6 +55,7 @@ class LanguageModel(GlmForCausalLM):
         self.tokenizer: Tokenizer | None = None
         # What the checkpoint's generation_config.json asks for when the caller does not.
         self.defaults = SamplingParams()
+        self._engine: Engine | None = None
 
     @classmethod
     def load(
@@ -104,6 +97,28 @@ class LanguageModel(GlmForCausalLM):
 
         save_model(self, Path(directory), stored=stored, beside=beside)
 
+    # ---------------------------------------------------------------- the engine
+
+    @property
+    def engine(self) -> Engine:
+        """What runs this model's requests; made at the first call, and anew after a move or cast."""
+        found = self._engine
+        if found is None or (found.device, found.dtype) != (self.device, self.dtype):
+            found = self._engine = Engine(self)
+        return found
+
+    def start_engine(self, *, cache_tokens: int | None = None, limits: Limits | None = None) -> Engine:
+        """An engine with other sizes, which the model's calls use from now on."""
+        self._engine = Engine(self, cache_tokens=cache_tokens, limits=limits)
+        return self._engine
+
+    def session(self, ids: Sequence[int] = ()) -> Session:
+        """A timeline that is kept between calls."""
+        return Session(self.engine, ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_engine": None}  # a copy gets its own
+
     # ---------------------------------------------------------------- ids in, ids out
 
     def generate(
@@ -122,9 +137,8 @@ class LanguageModel(GlmForCausalLM):
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         seed: int | None = None,
-        use_mtp: bool = False,
-        num_draft_tokens: int = 1,
-        prefill_chunk: int = PREFILL_CHUNK,
+        use_mtp: bool | None = None,
+        num_draft_tokens: int | None = None,
         num_beams: int = 1,
         num_return_sequences: int = 1,
         use_cache: bool = True,
@@ -138,24 +152,29 @@ class LanguageModel(GlmForCausalLM):
         do_sample: False = greedy; None = as generation_config.json says.
         eos_token_id: in place of the model's own; an empty list = never end early.
         seed: row i draws with seed + i; None = another result every time.
-        use_mtp: speculate with the MTP layer (one greedy row; faster; the same tokens in fp32, nearly
-            always in 16 bits).
-        prefill_chunk: tokens of the prompt read in one pass; fewer take less memory.
+        use_mtp: guess tokens with the MTP layer and check them in one step; None = where that pays and cannot
+            change the text, False = never, True = always (on a GPU rounding may then change the text).
+        num_draft_tokens: guesses a step; None = as many as pay.
+        num_return_sequences: answers to each row, one below the other; the row is read once.
         streamer: as in `transformers`: `put` with the prompt and each token of the one row, then `end`.
-        num_beams, num_return_sequences, use_cache: for callers that state 1, 1 and True; others are refused.
+        num_beams, use_cache: for callers that state 1 and True; others are refused.
 
         Raises:
             RequestError: an unknown or impossible parameter, or a prompt too long for the model.
         """
-        stated = {"num_beams": (num_beams, 1), "num_return_sequences": (num_return_sequences, 1)}
-        for name, (value, only) in (stated | {"use_cache": (use_cache, True)}).items():
+        for name, value, only in (("num_beams", num_beams, 1), ("use_cache", use_cache, True)):
             if value != only:
                 raise RequestError(f"{name} is {value!r}; only {only} is supported")
         if unknown:
             raise RequestError(f"generate has no argument {sorted(unknown)[0]!r}")
         prompts = _unpadded(input_ids, attention_mask)
-        if streamer is not None and len(prompts) != 1:
-            raise RequestError(f"a streamer is for one row at a time, not {len(prompts)}")
+        if type(num_return_sequences) is not int or num_return_sequences < 1:
+            raise RequestError(
+                f"num_return_sequences is {num_return_sequences!r}; it must be an integer from 1"
+            )
+        if streamer is not None and len(prompts) * num_return_sequences != 1:
+            count = len(prompts) * num_return_sequences
+            raise RequestError(f"a streamer is for one row at a time, not {count}")
         if max_new_tokens is None:
             max_new_tokens = 20 if max_length is None else max(0, max_length - input_ids.shape[1])
         if do_sample and temperature == 0:
@@ -166,20 +185,29 @@ class LanguageModel(GlmForCausalLM):
         if eos_token_id is not None:
             ends = (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
             params = params.with_changes(stop_token_ids=ends, ignore_eos=True)
-        seeds = [None if seed is None else seed + i for i in range(len(prompts))]
-        rows = make_rows(self, prompts, [params.with_changes(seed=s) for s in seeds])
-        steps = self._decode(rows, use_mtp, num_draft_tokens, prefill_chunk)
-        if streamer is None:
-            for _ in steps:
-                pass
-        else:
-            _feed_streamer(streamer, input_ids, rows[0], steps)
+        drafts = self._draft_tokens(use_mtp, num_draft_tokens)
+        rows: list[Request] = []
+        try:
+            for number, prompt in enumerate(prompts):
+                own = params.with_changes(seed=None if seed is None else seed + number * num_return_sequences)
+                where = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+                rows += self.engine.submit_all(
+                    prompt, own, num_return_sequences, num_draft_tokens=drafts, where=where
+                )
+            if streamer is not None:
+                _feed_streamer(streamer, input_ids, self.engine.outputs(rows[0]))
+            results = [self._finish(row) for row in rows]
+        finally:
+            for row in rows:
+                if not row.finished:
+                    self.engine.cancel(row)
         pad = pad_token_id if pad_token_id is not None else self.config.pad_token_id
         pad = pad if pad is not None else next(iter(self.config.eos_token_ids), 0)
-        longest = max(len(row.output_ids) for row in rows)
-        new = [row.output_ids + [pad] * (longest - len(row.output_ids)) for row in rows]
+        longest = max(len(result.ids) for result in results)
+        new = [result.ids + [pad] * (longest - len(result.ids)) for result in results]
+        prompts_BP = input_ids.cpu().repeat_interleave(num_return_sequences, dim=0)
         return torch.cat(
-            (input_ids.cpu(), torch.tensor(new, dtype=torch.int64).view(len(rows), longest)), dim=1
+            (prompts_BP, torch.tensor(new, dtype=torch.int64).view(len(new), longest)), dim=1
         ).to(input_ids.device)
 
     # ---------------------------------------------------------------- text in, text out
@@ -190,16 +218,18 @@ class LanguageModel(GlmForCausalLM):
         *,
         enable_thinking: bool | None = None,
         use_mtp: bool | None = None,
-        on_finish: Callable[[Completion], None] | None = None,
+        num_draft_tokens: int | None = None,
+        priority: int = 0,
+        on_finish: Callable[[Result], None] | None = None,
         **params: Any,
     ) -> Iterator[str]:
         """Yield the answer's text piece by piece, never half a character.
 
         prompt: text to continue, or chat messages (`[{"role": "user", "content": "..."}]`).
         enable_thinking: chat only; None = the checkpoint's default (on, as published).
-        use_mtp: None = speculate where that cannot change the answer: greedy, in fp32.
+        use_mtp, num_draft_tokens: as in `generate`. priority: before other threads' requests.
         params: fields of `SamplingParams`; the rest comes from the checkpoint's defaults.
-        on_finish: called with the whole completion after the last piece.
+        on_finish: called with the whole answer after the last piece. Closing the generator ends the request.
 
         Raises:
             RequestError, TemplateError: at once, before the first piece.
@@ -210,17 +240,14 @@ class LanguageModel(GlmForCausalLM):
             # A turn ends where the next one would begin, whatever the files name as end tokens.
             ends = (*wanted.stop_token_ids, *self._require_tokenizer().eos_token_ids)
             wanted = wanted.with_changes(stop_token_ids=ends)
-        row = make_rows(self, [ids], [wanted])[0]
-        if use_mtp is None:
-            # In 16 bits it could change the answer.
-            use_mtp = self.dtype == torch.float32 and speculation_obstacle(self, row) is None
-        tokenizer = self._require_tokenizer()
-        steps = self._decode([row], use_mtp, 1, PREFILL_CHUNK)
-        return _stream(row, steps, TextStream(tokenizer, row.params.stop), on_finish)
+        drafts = self._draft_tokens(use_mtp, num_draft_tokens)
+        request = self.engine.submit(ids, wanted, num_draft_tokens=drafts, priority=priority)
+        text = TextStream(self._require_tokenizer(), wanted.stop)
+        return _stream(request, self.engine.outputs(request), text, on_finish)
 
-    def complete(self, prompt: Prompt, **options: Any) -> Completion:
+    def complete(self, prompt: Prompt, **options: Any) -> Result:
         """`stream` to the end."""
-        done: list[Completion] = []
+        done: list[Result] = []
         heard = options.pop("on_finish", None)
         for _ in self.stream(prompt, on_finish=done.append, **options):
             pass
@@ -249,21 +276,22 @@ class LanguageModel(GlmForCausalLM):
 
     # ---------------------------------------------------------------- inside
 
-    def _decode(
-        self, rows: list[Row], use_mtp: bool, num_draft_tokens: int, prefill_chunk: int
-    ) -> Iterator[list[Row]]:
+    def _draft_tokens(self, use_mtp: bool | None, num_draft_tokens: int | None) -> int | None:
+        """Guesses a step, as the engine takes them."""
+        if num_draft_tokens is not None and (type(num_draft_tokens) is not int or num_draft_tokens < 1):
+            raise RequestError(f"num_draft_tokens is {num_draft_tokens!r}; it must be an integer from 1")
         if not use_mtp:
-            return decode(self, rows, prefill_chunk=prefill_chunk)
-        if len(rows) != 1:
-            raise RequestError(f"use_mtp is for one row at a time, not {len(rows)}")
-        self.last_speculation = SpeculationStats()
-        return decode_speculatively(
-            self,
-            rows[0],
-            num_draft_tokens=num_draft_tokens,
-            prefill_chunk=prefill_chunk,
-            stats=self.last_speculation,
-        )
+            return 0 if use_mtp is False else num_draft_tokens
+        if not self.mtp:
+            raise RequestError("the checkpoint has no MTP layer; decode without use_mtp")
+        if self.config.attention_mask_type == "prefix":
+            raise RequestError("speculation does not know prefix attention; decode without use_mtp")
+        return num_draft_tokens or 1
+
+    def _finish(self, request: Request) -> Result:
+        for _ in self.engine.outputs(request):
+            pass
+        return request.result()
 
     def _sampling(
         self, do_sample: bool | None, max_new_tokens: int, wanted: dict[str, Any]
@@ -282,40 +310,42 @@ class LanguageModel(GlmForCausalLM):
 
 
 def _stream(
-    row: Row,
-    steps: Iterator[list[Row]],
+    request: Request,
+    steps: Iterator[list[int]],
     text: TextStream,
-    on_finish: Callable[[Completion], None] | None,
+    on_finish: Callable[[Result], None] | None,
 ) -> Iterator[str]:
     given, pieces = 0, []
-    for _ in steps:
-        while given < len(row.output_ids) and not text.stopped:
-            token = row.output_ids[given]
-            given += 1
-            if token in row.eos_ids:
-                break
-            piece = text.push(token)
+    try:
+        for new in steps:
+            for token in new:
+                given += 1
+                if token in request.eos_ids:
+                    break
+                piece = text.push(token)
+                if piece:
+                    pieces.append(piece)
+                    yield piece
+                if text.stopped:
+                    break
             if text.stopped:
-                row.finish_reason = "stop"  # also where the last allowed token brought it
-            if piece:
-                pieces.append(piece)
-                yield piece
+                break
+    finally:
+        steps.close()  # type: ignore[attr-defined]  # ends the request, where it is not finished
     rest = text.flush()
     if rest:
         pieces.append(rest)
         yield rest
     if on_finish is not None:
-        reason = "stop" if text.stopped else row.finish_reason or "stop"
-        on_finish(Completion("".join(pieces), row.output_ids[:given], len(row.prompt_ids), reason))
+        reason = "stop" if text.stopped else request.finish_reason or "stop"
+        ids, choices = request.output_ids[:given], request.choices[:given]
+        on_finish(Result(ids, reason, request.statistics, "".join(pieces), choices))
 
 
-def _feed_streamer(streamer: Any, input_ids: Tensor, row: Row, steps: Iterator[list[Row]]) -> None:
+def _feed_streamer(streamer: Any, input_ids: Tensor, steps: Iterator[list[int]]) -> None:
     streamer.put(input_ids.cpu())
-    given = 0
-    for _ in steps:
-        if len(row.output_ids) > given:
-            streamer.put(torch.tensor(row.output_ids[given:]))
-            given = len(row.output_ids)
+    for new in steps:
+        streamer.put(torch.tensor(new))
     streamer.end()
 
 

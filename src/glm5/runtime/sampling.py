@@ -1,134 +1,139 @@
-"""From logits to a token: penalties, temperature, cut-offs, a seeded draw. One row at a time, so
-that a row's tokens never depend on the batch around it.
+"""From logits to tokens, for all rows of a step at once: bias, penalties, masks, cut-offs, a seeded draw.
+
+Every operation goes along a row, and the random number of a row depends on its request's seed and on how
+many tokens came before alone. So a row's token depends on nothing but its logits and its own request: not on
+its neighbours, and not on whether it was reached by a draft.
+Letters: M rows, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from glm5.errors import RequestError
+from glm5.errors import Glm5Error, RequestError
+from glm5.runtime.sampling_params import SamplingParams
 
 # Smaller ones (greedy to every purpose) would be zero in fp32.
 _LEAST_TEMPERATURE = 1e-30
+_NUCLEUS = 256  # so many of the likeliest tokens mostly hold top_p
+_WORD = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to choose tokens and when to stop. Names and meanings as in `transformers` and vLLM.
+class Choice(NamedTuple):
+    """A chosen token; with `logprobs` its log probability and the likeliest tokens with theirs."""
 
-    temperature: 0 = greedy. top_k: 0 = off. top_p, min_p: probabilities. repetition_penalty: 1 =
-    off; divides positive and multiplies negative logits of tokens seen (CTRL, section 4.1).
-    seed: 0 to 2^63 - 1, None = another result every time. stop: strings that end the text and are
-    not part of it. stop_token_ids: tokens that end the row, beside the model's own.
-    ignore_eos: go on past the model's end tokens.
-
-    Raises:
-        RequestError: a value is impossible; the message names it.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("max_new_tokens", 0, math.inf),
-            ("temperature", 0, 100),
-            ("top_k", 0, math.inf),
-            ("top_p", 0, 1),
-            ("min_p", 0, 1),
-            ("repetition_penalty", 0.01, 100),  # beyond, logits leave the range of floats
-        ):
-            value = getattr(self, name)
-            whole = name in ("max_new_tokens", "top_k")
-            wrong_kind = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
-            if (
-                wrong_kind
-                or not low <= value <= high
-                or value == math.inf
-                or (value == 0 and name == "top_p")
-            ):
-                raise RequestError(f"{name} is {value!r}; it must be {'an integer ' if whole else ''}"
-                                   f"{'above' if name == 'top_p' else 'from'} {low}"
-                                   f"{'' if high == math.inf else f' to {high}'}")  # fmt: skip
-        self._check_ends()
-
-    def _check_ends(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) and s for s in stop):
-            raise RequestError(f"stop is {self.stop!r}; it must be strings that are not empty")
-        ids = self.stop_token_ids
-        if not isinstance(ids, (list, tuple, set, frozenset)) or not all(map(_is_whole, ids)):
-            raise RequestError(f"stop_token_ids is {ids!r}; it must be a list of token ids")
-        if self.seed is not None and not (_is_whole(self.seed) and 0 <= self.seed < 2**63):
-            raise RequestError(f"seed is {self.seed!r}; it must be None or an integer from 0 to 2^63 - 1")
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
-        object.__setattr__(self, "stop", tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(ids))
-
-    def with_changes(self, **changes: Any) -> SamplingParams:
-        """A copy with other values; an unknown name is a RequestError."""
-        known = {f.name for f in fields(self)}
-        unknown = next((name for name in changes if name not in known), None)
-        if unknown is not None:
-            raise RequestError(f"{unknown!r} is no generation parameter; known: {', '.join(sorted(known))}")
-        return replace(self, **changes)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Sampler:
-    """Draws the tokens of one row; owns its random generator and the tokens it has seen."""
+    """What the draws of one request depend on: its parameters, its seed, the tokens so far."""
 
-    def __init__(self, params: SamplingParams, prompt_ids: list[int]) -> None:
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
         self.params = params
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed)
-        self._seen = set(prompt_ids)
+        self.seed = secrets.randbits(63) if params.seed is None else params.seed
+        self.output_ids: list[int] = []
+        self._prompt = frozenset(prompt_ids) if params.repetition_penalty != 1 else frozenset()
+        self.has_history = (
+            params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        )
+        self.changes_logits = (
+            self.has_history or bool(params.logit_bias) or params.allowed_tokens_fn is not None
+        )
+        self.counts: Counter[int] = Counter()
 
-    def __call__(self, logits_V: Tensor) -> int:
-        """The next token from the row's logits [vocab]."""
-        if self.params.temperature == 0 and self.params.repetition_penalty == 1:
-            token = likeliest(logits_V)
-        else:
-            token = self._draw(logits_V.float().cpu())
-        self._seen.add(token)
-        return token
+    def take(self, token: int) -> None:
+        """Note that a token came."""
+        self.output_ids.append(token)
+        if self.has_history:
+            self.counts[token] += 1
 
-    def _draw(self, logits: Tensor) -> int:
-        params = self.params
-        if params.repetition_penalty != 1:
-            seen = torch.tensor(sorted(self._seen))
-            values = logits[seen]
-            penalized = torch.where(
-                values > 0, values / params.repetition_penalty, values * params.repetition_penalty
-            )
-            logits = logits.scatter(0, seen, penalized)
-        best = likeliest(logits)
-        if params.temperature == 0:
-            return best
+    def change(self, logits_V: Tensor, ahead: Sequence[int]) -> None:
+        """Apply bias, penalties and mask in place, as if the tokens `ahead` had come too."""
+        params, size = self.params, len(logits_V)
+        if self.has_history:
+            counts = self.counts + Counter(ahead) if ahead else self.counts
+            if params.repetition_penalty != 1:
+                seen = torch.tensor(sorted(self._prompt | counts.keys()))
+                values, penalty = logits_V[seen], params.repetition_penalty
+                logits_V[seen] = torch.where(values > 0, values / penalty, values * penalty)
+            if counts and (params.presence_penalty or params.frequency_penalty):
+                ids, times = torch.tensor(list(counts)), torch.tensor(list(counts.values()))
+                logits_V[ids] -= params.presence_penalty + params.frequency_penalty * times
+        if params.logit_bias:
+            outside = next((token for token in params.logit_bias if token >= size), None)
+            if outside is not None:
+                raise RequestError(f"logit_bias has token {outside}; the vocabulary ends at {size - 1}")
+            ids = torch.tensor(list(params.logit_bias))
+            logits_V[ids] += torch.tensor(list(params.logit_bias.values()), dtype=logits_V.dtype)
+        if params.allowed_tokens_fn is not None:
+            allowed = params.allowed_tokens_fn([*self.output_ids, *ahead])
+            if allowed is not None:
+                logits_V.masked_fill_(~_as_mask(allowed, size), float("-inf"))
+
+
+class Row(NamedTuple):
+    """Whose turn a row of logits is, and the drafted tokens that stand before it."""
+
+    sampler: Sampler
+    ahead: tuple[int, ...] = ()
+
+
+@torch.inference_mode()
+def choose(logits_MV: Tensor, rows: Sequence[Row]) -> list[Choice | Glm5Error]:
+    """The next token of each row; an error in place of one that has none."""
+    logits = logits_MV.float().cpu()
+    raw, failed = logits, {}
+    if any(row.sampler.changes_logits for row in rows):
+        logits = logits.clone()
+        for number, row in enumerate(rows):
+            if row.sampler.changes_logits:
+                try:
+                    row.sampler.change(logits[number], row.ahead)
+                except Glm5Error as error:
+                    failed[number] = error
+                except Exception as error:  # the caller's function
+                    name = type(error).__name__
+                    failed[number] = RequestError(f"allowed_tokens_fn raised {name}: {error}")
+    best = logits.argmax(dim=-1)  # the place of a NaN, where there is one
+    peaks = logits.gather(1, best.unsqueeze(1))
+    tokens, heights = best.tolist(), peaks.flatten().tolist()
+    for number, height in enumerate(heights):
+        if not math.isfinite(height) and number not in failed:
+            failed[number] = _no_token(raw[number], height)
+    drawn = [n for n, r in enumerate(rows) if r.sampler.params.temperature != 0 and n not in failed]
+    groups: dict[tuple[int, float, float], list[int]] = {}
+    for number in drawn:
+        params = rows[number].sampler.params
+        groups.setdefault((params.top_k, params.top_p, params.min_p), []).append(number)
+    for (top_k, top_p, min_p), members in groups.items():
+        heat = [max(rows[n].sampler.params.temperature, _LEAST_TEMPERATURE) for n in members]
+        numbers = [
+            uniform(r.sampler.seed, len(r.sampler.output_ids) + len(r.ahead))
+            for r in (rows[n] for n in members)
+        ]
         # Relative to the best, so that a tiny temperature drives the others to -inf, not all to NaN.
-        scaled = (logits - logits[best]) / max(params.temperature, _LEAST_TEMPERATURE)
-        probabilities = cut_off(scaled, params).softmax(dim=-1)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        scaled = (logits[members] - peaks[members]) / torch.tensor(heat).unsqueeze(1)
+        found = draw(probabilities(scaled, top_k=top_k, top_p=top_p, min_p=min_p), numbers)
+        for number, token in zip(members, found, strict=True):
+            tokens[number] = token
+    choices: list[Choice | Glm5Error] = []
+    for number, row in enumerate(rows):
+        if number in failed:
+            choices.append(failed[number])
+        elif row.sampler.params.logprobs is None:
+            choices.append(Choice(tokens[number]))
+        else:
+            choices.append(_with_logprobs(raw[number], tokens[number], row.sampler.params.logprobs))
+    return choices
 
 
 def likeliest(logits_V: Tensor) -> int:
@@ -137,27 +142,93 @@ def likeliest(logits_V: Tensor) -> int:
     Raises:
         RequestError: a logit is NaN or the largest infinite, so that no answer would mean anything.
     """
-    token = int(logits_V.argmax())  # the place of a NaN, where there is one
-    if not math.isfinite(float(logits_V[token])):
-        raise RequestError(
-            "the logits are not finite: the checkpoint is damaged, or float16 too narrow for it; use bfloat16"
-        )
+    token = int(logits_V.argmax())
+    height = float(logits_V[token])
+    if not math.isfinite(height):
+        raise _no_token(logits_V, height)
     return token
 
 
-def cut_off(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Set to -inf what top-k, then top-p, then min-p exclude (the order of `transformers`)."""
-    size = logits.shape[-1]
-    if 0 < params.top_k < size:
-        least = logits.topk(params.top_k).values[-1]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    if params.top_p < 1:
-        # From the least likely up: small probabilities are summed before they can be rounded away.
-        ordered, order = logits.sort(stable=True)
-        at_most = ordered.softmax(dim=-1).cumsum(dim=-1)
-        dropped = order[:-1][at_most[:-1] <= 1 - params.top_p]  # the likeliest is always kept
-        logits = logits.index_fill(0, dropped, float("-inf"))
-    if params.min_p > 0:
-        probabilities = logits.softmax(dim=-1)
-        logits = logits.masked_fill(probabilities < params.min_p * probabilities.max(), float("-inf"))
-    return logits
+def probabilities(scaled_MV: Tensor, *, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """What top-k, then top-p, then min-p leave (the order of `transformers`), in proportion, fp32 [M, V]."""
+    size = scaled_MV.shape[-1]
+    if 0 < top_k < size:
+        least = scaled_MV.topk(top_k, dim=-1).values[:, -1:]
+        scaled_MV = scaled_MV.masked_fill(scaled_MV < least, float("-inf"))
+    found = scaled_MV.softmax(dim=-1)
+    if top_p < 1:
+        found = _nucleus(found, top_p)
+    if min_p > 0:
+        found = found.masked_fill(found < min_p * found.amax(dim=-1, keepdim=True), 0.0)
+    return found
+
+
+def _nucleus(probabilities_MV: Tensor, top_p: float) -> Tensor:
+    """The fewest likeliest tokens that hold `top_p` together; of equal ones the lowest ids."""
+    size = probabilities_MV.shape[-1]
+    ordered = probabilities_MV.topk(min(_NUCLEUS, size), dim=-1).values
+    sums = ordered.double().cumsum(dim=-1)
+    if bool((sums[:, -1] < top_p).any()) and ordered.shape[-1] < size:
+        ordered = probabilities_MV.sort(dim=-1, descending=True).values
+        sums = ordered.double().cumsum(dim=-1)
+    needed = (sums < top_p).sum(dim=-1, keepdim=True).clamp(max=ordered.shape[-1] - 1)  # of them, less one
+    least = ordered.gather(1, needed)
+    above = probabilities_MV > least
+    level = probabilities_MV == least
+    room = needed + 1 - above.sum(dim=-1, keepdim=True)
+    kept = above | (level & (level.cumsum(dim=-1) <= room))
+    return probabilities_MV.masked_fill(~kept, 0.0)
+
+
+def draw(probabilities_MV: Tensor, numbers: Sequence[float]) -> list[int]:
+    """The token at which the sum of a row passes its number from [0, 1), as a share of the whole sum."""
+    sums = probabilities_MV.double().cumsum(dim=-1)
+    targets = torch.tensor(numbers, dtype=torch.float64).unsqueeze(1) * sums[:, -1:]
+    found = torch.searchsorted(sums, targets, right=True).flatten().tolist()
+    last = sums.shape[-1] - 1
+    return [
+        token if token <= last else int(row.nonzero()[-1])
+        for token, row in zip(found, probabilities_MV, strict=True)
+    ]
+
+
+def uniform(seed: int, number: int) -> float:
+    """A number from [0, 1) for draw `number` of a request: 53 bits of splitmix64 (Steele et al., 2014)."""
+    return (_mixed(_mixed(seed) + number) >> 11) * 2.0**-53
+
+
+def _mixed(word: int) -> int:
+    word = (word + 0x9E3779B97F4A7C15) & _WORD
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
+    return word ^ (word >> 31)
+
+
+def _as_mask(allowed: Tensor | Sequence[int], size: int) -> Tensor:
+    given = allowed if isinstance(allowed, Tensor) else torch.tensor(list(allowed), dtype=torch.int64)
+    if given.dtype == torch.bool:
+        if tuple(given.shape) != (size,):
+            raise RequestError(
+                f"allowed_tokens_fn gave a mask {list(given.shape)}; the vocabulary has {size}"
+            )
+        return given.cpu()
+    if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < size:
+        raise RequestError(f"allowed_tokens_fn gave a token outside of the vocabulary of {size}")
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[given.cpu().long()] = True
+    return mask
+
+
+def _no_token(raw_V: Tensor, height: float) -> RequestError:
+    if height == float("-inf") and bool(raw_V.isfinite().any()):
+        return RequestError("allowed_tokens_fn leaves no token that could come next")
+    return RequestError(
+        "the logits are not finite: the checkpoint is damaged, or float16 too narrow for it; use bfloat16"
+    )
+
+
+def _with_logprobs(raw_V: Tensor, token: int, count: int) -> Choice:
+    logs = raw_V.log_softmax(dim=-1)
+    best = logs.topk(min(count, len(logs)))
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Choice(token, float(logs[token]), top)

@@ -1,177 +1,261 @@
-"""Greedy decoding with the model's own MTP layer as draft: the same tokens in fewer passes.
+"""Guesses of the next tokens, checked exactly by the step that would have run anyway.
 
-A draft of `num_draft_tokens` is checked by one pass of the model over all of them. Products over
-several rows round differently from products over one, so where the two best logits of a checked
-position lie within that noise, the position is decided by a one-token pass, as plain decoding
-would do it. In fp32 that gives plain decoding's tokens; in 16 bits rounding can also change which
-experts run, which no margin of the logits covers, so that now and then the texts part.
-`index_share_for_mtp_iteration` is not followed: every draft step selects its tokens anew, which
-takes time and changes no result.
+Two kinds guess: the model's own MTP layer (DeepSeek-V3 report, 2.2), and a look-up of what followed the same
+three tokens before. The native kernels give a row the same bits in any step, and a draw depends on the
+request's seed and the number of its token alone. So a guess is right exactly when the sampler would have
+drawn that token; the text is the same as without guesses, greedy or drawn.
+
+How many guesses are checked is decided by what was measured: the times of steps with so many rows, the time
+of a guess, and how often guesses were right. Where they do not pay, none are made; now and then one step
+tries again. `index_share_for_mtp_iteration` is not followed: every guess selects its tokens anew, which takes
+time and changes no result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 from torch import Tensor
 
-from glm5.errors import RequestError
-from glm5.model.transformer import GlmForCausalLM, token_positions
-from glm5.runtime.cache import Cache
-from glm5.runtime.decoding import PREFILL_CHUNK, Row, check_positive
-from glm5.runtime.sampling import likeliest
+from glm5.errors import Glm5Error
+from glm5.model.step import Step
+from glm5.model.transformer import GlmForCausalLM
+from glm5.runtime.cache import Coming, PagePool
+from glm5.runtime.cache import Sequence as Timeline
+from glm5.runtime.request import Request
+from glm5.runtime.sampling import Row, choose
 
-# Two logits closer than this share of their size may change places by rounding.
-_NOISE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+MOST_GUESSES = 4
+_WINDOW = 256  # the MTP layer reads so many of the tokens before an answer
+_GRAM = 3
+_MARGIN = 1.02  # guesses must promise that much more
+_PROBE_FIRST, _PROBE_MOST = 32, 512  # steps between two tries of what does not pay
+_PRIOR = {"mtp": 0.6, "lookup": 0.5}
+_COST_OF_A_ROW = 0.25  # of a step, until it is measured
 
 
 @dataclass
-class SpeculationStats:
-    """passes: forward passes of the model after the prompt; tokens: tokens they produced."""
+class Rate:
+    """How often guesses of one kind are right: a mean over the last few dozens."""
 
-    passes: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    tokens: int = 0
+    value: float
+    weight: float = 4.0
+
+    def note(self, right: int, wrong: int) -> None:
+        for outcome, times in ((1.0, right), (0.0, wrong)):
+            for _ in range(times):
+                self.weight = min(self.weight + 1, 32.0)
+                self.value += (outcome - self.value) / self.weight
+
+
+class Costs:
+    """Medians of measured times, by what was done."""
+
+    def __init__(self) -> None:
+        self._times: dict[tuple[str, int, int], deque[float]] = {}
+
+    def note(self, what: str, sequences: int, rows: int, seconds: float) -> None:
+        self._times.setdefault((what, sequences, rows), deque(maxlen=7)).append(seconds)
+
+    def known(self, what: str, sequences: int, rows: int) -> float | None:
+        found = self._times.get((what, sequences, rows))
+        return median(found) if found else None
+
+    def step(self, sequences: int, guesses: int) -> float:
+        """Of a step in which each of so many sequences has so many guesses; 1.0 = unknown altogether."""
+        base = self.known("step", sequences, 0) or 1.0
+        return self.known("step", sequences, guesses) or base * (1 + _COST_OF_A_ROW * guesses)
+
+    def guess(self, sequences: int) -> float:
+        """Of one guess by the MTP layer for each."""
+        return self.known("guess", sequences, 1) or self.step(sequences, 0) * _COST_OF_A_ROW
+
+
+@dataclass
+class Draft:
+    """What guessing for one request needs: the MTP layer's own timeline, and what it has not read yet."""
+
+    timeline: Timeline | None
+    rates: dict[str, Rate]
+    hidden: list[Tensor] = field(default_factory=list)  # [n, D] each, behind what the timeline holds
+    following: list[int] = field(default_factory=list)  # the token behind each of them
+    grams: dict[tuple[int, ...], int] = field(default_factory=dict)
+    indexed: int = 0
+    kind: str = "mtp"  # of the guesses being checked
+    quiet: int = 0  # steps since guesses were last checked
+    patience: int = _PROBE_FIRST
+
+
+class Speculator:
+    """Makes the guesses of an engine's requests.
+
+    forced: always so many guesses, whether they pay or not; None = as many as pay.
+    """
+
+    def __init__(self, model: GlmForCausalLM, pool: PagePool | None) -> None:
+        self.model, self.pool = model, pool
+        self.costs = Costs()
+        self.rates = {kind: Rate(prior) for kind, prior in _PRIOR.items()}
 
     @property
-    def tokens_per_pass(self) -> float:
-        return self.tokens / self.passes if self.passes else 0.0
+    def has_mtp(self) -> bool:
+        return self.pool is not None
 
+    def begin(self, request: Request) -> None:
+        """The request starts to be read."""
+        timeline = Timeline(self.pool) if self.pool is not None else None
+        rates = {kind: Rate(rate.value) for kind, rate in self.rates.items()}
+        request.draft = Draft(timeline, rates)
 
-class Draft:
-    """The MTP layer with a cache of its own, which trails the model's by one token.
+    def end(self, request: Request) -> None:
+        if request.draft is not None and request.draft.timeline is not None:
+            request.draft.timeline.release()
+        request.draft, request.guesses = None, []
 
-    Its token i joins the hidden state of token i and the embedding of token i + 1.
-    """
+    def hear(self, request: Request, first: int, hidden_ND: Tensor) -> None:
+        """The model read tokens from place `first` on; what follows each is known by now."""
+        draft: Draft = request.draft
+        if draft.timeline is None or request.num_draft_tokens == 0:
+            return
+        skipped = max(0, len(request.prompt_ids) - _WINDOW - first)  # of a long prompt the end will do
+        if skipped >= len(hidden_ND):
+            return
+        first, hidden_ND = first + skipped, hidden_ND[skipped:].clone()  # not a view of the whole step
+        draft.hidden.append(hidden_ND)
+        draft.following += request.tokens[first + 1 : first + 1 + len(hidden_ND)]
+        if len(draft.following) > 2 * _WINDOW:  # nobody guessed for long: begin anew with the last ones
+            draft.timeline.release()
+            draft.hidden = [torch.cat(draft.hidden)[-_WINDOW:]]
+            draft.following = draft.following[-_WINDOW:]
 
-    def __init__(self, model: GlmForCausalLM, capacity: int) -> None:
-        self.model = model
-        self.layer = model.mtp_layers()[0]
-        layer = model.config.num_hidden_layers
-        self.cache = Cache(
-            model.config, 1, capacity, dtype=model.dtype, device=model.device, layers=range(layer, layer + 1)
-        )
+    def note(self, request: Request, accepted: int) -> None:
+        """So many of the request's guesses were right."""
+        draft: Draft = request.draft
+        checked = len(request.guesses)
+        wrong = int(accepted < checked)
+        draft.rates[draft.kind].note(accepted, wrong)
+        self.rates[draft.kind].note(accepted, wrong)
+        draft.patience = _PROBE_FIRST if accepted else min(2 * draft.patience, _PROBE_MOST)
 
-    def read(self, hidden_1TD: Tensor, following_1T: Tensor) -> Tensor:
-        """Add known tokens; returns the hidden state [1, 1, D] that predicts the next draft."""
-        step = self.model.step(token_positions(following_1T, cache=self.cache), self.cache)
-        out = self.layer(hidden_1TD, self.model.model.embed_tokens(following_1T), step)
-        self.cache.advance(following_1T.shape[1])
-        return out[:, -1:]
+    def guess(self, requests: Sequence[Request]) -> None:
+        """Set the guesses of each request for the next step."""
+        count = len(requests)
+        by_mtp: list[tuple[Request, int]] = []
+        for request in requests:
+            request.guesses = []
+            room = request.params.max_new_tokens - len(request.output_ids) - 1
+            limit = min(MOST_GUESSES if request.num_draft_tokens is None else request.num_draft_tokens, room)
+            if limit < 1:
+                continue
+            kind, wanted = self._decide(request, count, limit)
+            if wanted == 0:
+                continue
+            request.draft.kind = kind
+            if kind == "lookup":
+                request.guesses = self._look_up(request, wanted)
+            else:
+                by_mtp.append((request, wanted))
+        if by_mtp:
+            self._guess_by_mtp(by_mtp)
 
-    def propose(self, hidden_11D: Tensor, count: int) -> list[int]:
-        """Draft `count` tokens; the guesses are forgotten by the cache afterwards."""
-        known, tokens = self.cache.length, []
-        for step in range(count):
-            token = self.model.lm_head(hidden_11D)[0, -1].argmax()
-            tokens.append(int(token))
-            if step + 1 < count:
-                hidden_11D = self.read(hidden_11D, token.view(1, 1))
-        self.cache.truncate(known)
-        return tokens
+    def _decide(self, request: Request, sequences: int, limit: int) -> tuple[str, int]:
+        """(kind, how many guesses): what promises most tokens a second."""
+        draft: Draft = request.draft
+        found = len(self._look_up(request, limit))
+        if request.num_draft_tokens is not None:
+            if draft.timeline is not None:
+                return "mtp", limit
+            return "lookup", found
+        base, best = self.costs.step(sequences, 0), ("mtp", 0)
+        most = _MARGIN / base
+        for kind, longest, each in (("mtp", limit, self.costs.guess(sequences)), ("lookup", found, 0.0)):
+            if kind == "mtp" and draft.timeline is None:
+                continue
+            rate, tokens = draft.rates[kind].value, 1.0
+            for guesses in range(1, longest + 1):
+                tokens += rate**guesses
+                speed = tokens / (self.costs.step(sequences, guesses) + guesses * each)
+                if speed > most:
+                    most, best = speed, (kind, guesses)
+        draft.quiet += 1
+        if best[1]:
+            draft.quiet = 0
+            # Steps without guesses are what the others are measured by.
+            stale = self.costs.known("step", sequences, 0) is None or len(request.output_ids) % 64 == 63
+            return ("mtp", 0) if stale else best
+        if draft.quiet >= draft.patience:
+            draft.quiet = 0
+            return ("lookup", found) if found else ("mtp", 1 if draft.timeline is not None else 0)
+        return best
 
+    def _look_up(self, request: Request, count: int) -> list[int]:
+        """What followed the last three tokens when they last came."""
+        draft, tokens = request.draft, request.tokens
+        for end in range(max(draft.indexed, _GRAM), len(tokens)):
+            draft.grams[tuple(tokens[end - _GRAM : end])] = end
+        draft.indexed = max(draft.indexed, len(tokens))
+        at = draft.grams.get(tuple(tokens[-_GRAM:])) if len(tokens) > _GRAM else None
+        return [] if at is None else tokens[at : at + count]
 
-def speculation_obstacle(model: GlmForCausalLM, row: Row) -> str | None:
-    """Why this row cannot be decoded speculatively; None when it can."""
-    if not model.mtp:
-        return "the checkpoint has no MTP layer; decode without speculation"
-    if row.params.temperature != 0 or row.params.repetition_penalty != 1:
-        return "speculation is for greedy decoding; set temperature 0 and repetition_penalty 1"
-    if model.config.attention_mask_type == "prefix":
-        return "speculation does not know prefix attention; decode without it"
-    return None
-
-
-def decode_speculatively(
-    model: GlmForCausalLM,
-    row: Row,
-    *,
-    num_draft_tokens: int = 1,
-    prefill_chunk: int = PREFILL_CHUNK,
-    stats: SpeculationStats | None = None,
-) -> Iterator[list[Row]]:
-    """`decode` for one greedy row; several tokens may come between two yields.
-
-    Raises:
-        RequestError: at once; the model has no MTP layer, the row is not greedy, or a number is
-            not positive.
-    """
-    check_positive("num_draft_tokens", num_draft_tokens)
-    check_positive("prefill_chunk", prefill_chunk)
-    obstacle = speculation_obstacle(model, row)
-    if obstacle is not None:
-        raise RequestError(obstacle)
-    stats = stats if stats is not None else SpeculationStats()
-    return _decode_speculatively(model, row, num_draft_tokens, prefill_chunk, stats)
-
-
-@torch.inference_mode()
-def _decode_speculatively(
-    model: GlmForCausalLM, row: Row, num_draft_tokens: int, prefill_chunk: int, stats: SpeculationStats
-) -> Iterator[list[Row]]:
-    if row.finish_reason is not None:
-        return
-    capacity = len(row.prompt_ids) + row.params.max_new_tokens + num_draft_tokens + 1
-    cache = Cache(model.config, 1, capacity, dtype=model.dtype, device=model.device)
-    draft = Draft(model, capacity)
-
-    hidden, logits = _read_prompt(model, row.prompt_ids, cache, draft, prefill_chunk)
-    row.take(likeliest(logits))
-    yield [row]
-    while row.finish_reason is None:
-        last = row.output_ids[-1]
-        draft_hidden = draft.read(hidden, _ids([*row.output_ids[-hidden.shape[1] :]], model))
-        room = row.params.max_new_tokens - len(row.output_ids) - 1
-        guesses = draft.propose(draft_hidden, min(num_draft_tokens, room)) if room > 0 else []
-        known = cache.length
-        out = model(_ids([last, *guesses], model), cache=cache)
-        stats.passes += 1
-        stats.drafted += len(guesses)
-        if guesses and _is_close(out.logits[0, 0]):
-            cache.truncate(known)
-            out, guesses = model(_ids([last], model), cache=cache), []
-            stats.passes += 1
-        accepted = 0
-        for place in range(len(guesses) + 1):
-            logits = out.logits[0, place]
-            if place > 0 and _is_close(logits):
-                break  # this token is left to a pass of its own
-            token = likeliest(logits)
-            row.take(token)
-            stats.tokens += 1
-            accepted += 1
-            if row.finish_reason is not None or place == len(guesses) or token != guesses[place]:
+    def _guess_by_mtp(self, wanted: list[tuple[Request, int]]) -> None:
+        """All requests together, one guess after the other; the timelines forget the guesses again."""
+        assert self.pool is not None
+        started = time.perf_counter()
+        fitting, free = [], self.pool.free_pages
+        for request, count in wanted:
+            timeline = request.draft.timeline
+            missing = timeline.pages_missing(timeline.length + len(request.draft.following) + count)
+            if request.draft.following and missing <= free:
+                fitting.append((request, count))
+                free -= missing
+        if not fitting:
+            return
+        requests = [request for request, _ in fitting]
+        drafts: list[Draft] = [request.draft for request in requests]
+        hidden = torch.cat([h for draft in drafts for h in draft.hidden])
+        following = [token for draft in drafts for token in draft.following]
+        counts = [len(draft.following) for draft in drafts]
+        known = [draft.timeline.length + n for draft, n in zip(drafts, counts, strict=True) if draft.timeline]
+        for draft in drafts:
+            draft.hidden, draft.following = [], []
+        out = self._read(drafts, counts, following, hidden)
+        out = out[torch.tensor(counts).cumsum(0) - 1]
+        for _ in range(max(count for _, count in fitting)):
+            rows = [Row(request.sampler, tuple(request.guesses)) for request in requests]
+            chosen = choose(self.model.lm_head(out.unsqueeze(0))[0], rows)
+            going = []
+            for place, (request, choice) in enumerate(zip(requests, chosen, strict=True)):
+                if isinstance(choice, Glm5Error):
+                    continue  # the checked step will say so
+                request.guesses.append(choice.token)
+                if len(request.guesses) < dict((id(r), c) for r, c in fitting)[id(request)]:
+                    going.append(place)
+            if not going:
                 break
-        stats.accepted += accepted - 1
-        hidden = out.hidden[:, :accepted]
-        cache.truncate(known + accepted)
-        yield [row]
+            requests = [requests[place] for place in going]
+            drafts = [request.draft for request in requests]
+            out = self._read(drafts, [1] * len(going), [r.guesses[-1] for r in requests], out[going])
+        for (request, _), length in zip(fitting, known, strict=True):
+            request.draft.timeline.truncate(length)
+        most = max(len(request.guesses) for request, _ in fitting)
+        if len(following) <= (MOST_GUESSES + 1) * len(fitting) and most:
+            self.costs.note("guess", len(fitting), 1, (time.perf_counter() - started) / most)
 
-
-def _read_prompt(
-    model: GlmForCausalLM, prompt: list[int], cache: Cache, draft: Draft, prefill_chunk: int
-) -> tuple[Tensor, Tensor]:
-    """Fill both caches; returns the last hidden state [1, 1, D] and its logits [vocab]."""
-    hidden = None
-    for start in range(0, len(prompt), prefill_chunk):
-        chunk = prompt[start : start + prefill_chunk]
-        out = model(_ids(chunk, model), cache=cache, logits_to_keep=1)
-        before = out.hidden if hidden is None else torch.cat((hidden, out.hidden), dim=1)
-        if before.shape[1] > 1:
-            following = chunk if hidden is not None else chunk[1:]
-            draft.read(before[:, :-1], _ids(following, model))
-        hidden = out.hidden[:, -1:]
-    assert hidden is not None
-    return hidden, out.logits[0, -1]
-
-
-def _is_close(logits_V: Tensor) -> bool:
-    first, second = logits_V.topk(2).values.float().tolist()
-    return first - second <= _NOISE.get(logits_V.dtype, 1e-1) * max(1.0, abs(first))
-
-
-def _ids(tokens: list[int], model: GlmForCausalLM) -> Tensor:
-    return torch.tensor([tokens], device=model.device)
+    def _read(
+        self, drafts: list[Draft], counts: list[int], following: list[int], hidden_ND: Tensor
+    ) -> Tensor:
+        """Let the MTP layer read (hidden state, next token) pairs; its own hidden states [N, D]."""
+        assert self.pool is not None
+        timelines = [draft.timeline for draft in drafts if draft.timeline is not None]
+        coming = Coming(self.pool, timelines, counts)
+        ids = torch.tensor([following], device=self.pool.device)
+        embedded = self.model.model.embed_tokens(ids)
+        step = Step(self.model.angles(coming.positions), cache=coming)
+        out = self.model.mtp_layers()[0](hidden_ND.unsqueeze(0), embedded, step)
+        coming.advance()
+        return out[0]

@@ -130,8 +130,9 @@ class Objective:
     ) -> Tensor:
         """The mean over indexers, each against all the layers it serves, on a few rows."""
         few = slice(0, rows)
-        mask = step.visible.as_mask(batch.ids.shape[1], batch.ids.device).expand(len(batch.ids), -1, -1)[few]
-        angles, visible = Rotation(step.angles.turns[few]), Visibility(step.visible.num_keys, mask_BTS=mask)
+        rule = step.parts[0].visible
+        mask = rule.as_mask(batch.ids.shape[1], batch.ids.device).expand(len(batch.ids), -1, -1)[few]
+        angles, visible = Rotation(step.angles.turns[few]), Visibility(rule.num_keys, mask_BTS=mask)
         served: list[list[tuple[MultiHeadLatentAttention, Tensor]]] = []
         for attention in self._attentions():
             if attention.layer not in inputs:

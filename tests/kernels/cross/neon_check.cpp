@@ -76,6 +76,8 @@ std::vector<float> attend_by(const Table& table, const Weights& kv_b, const std:
   std::vector<int32_t> rows(static_cast<size_t>(count), 0), counts;
   for (int t = 0; t < count; t++) counts.push_back(slots - t);
   call.out = out.data(), call.seen.rows = rows.data(), call.seen.counts = counts.data();
+  const int32_t page = 0, *tables[] = {&page};
+  call.cache.pages.tables = tables;
   call.cache.keys = call.cache.values = cache.data();
   call.cache.key_width = call.latent + call.rotary, call.cache.value_width = call.latent;
   call.cache.key_stride = call.cache.value_stride = static_cast<size_t>(call.cache.key_width);

@@ -5,6 +5,8 @@ Letters: N queries, H heads, G key/value heads, B cache rows, S slots, C latent 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -40,11 +42,11 @@ def attend(
     whole(turns_Nr.contiguous(), (count, rotary // 2), torch.complex64, "turns")
     q_NHq, turns_Nr = q_NHq.contiguous(), turns_Nr.contiguous()
     out = torch.empty(count, heads, value, dtype=q_NHq.dtype)
-    cache = _cached(cache_BSC, cache_BSC, kv_b.columns + rotary, kv_b.columns)
+    cached = _cached(cache_BSC, cache_BSC, kv_b.columns + rotary, kv_b.columns)
     call = fill(
         library.AttendCall(), q=q_NHq, turns=turns_Nr, out=out, bf16=q_NHq.dtype == torch.bfloat16,
         exact=exact, count=count, heads=heads, nope=nope, rotary=rotary, latent=kv_b.columns, value=value,
-        scale=scale, cache=cache, seen=_seen(rows, chosen, count, cache_BSC.shape[0], cache_BSC.shape[1]),
+        scale=scale, cache=cached, seen=_seen(rows, chosen, count, cache_BSC.shape[0], cache_BSC.shape[1]),
     )  # fmt: skip
     library.attend(call, kv_b.handle)
     return out
@@ -110,14 +112,15 @@ def select(
         visible_NS = whole(visible_NS.contiguous(), (count, keys), torch.bool, "visible")
     if limits is not None:
         inside(whole(limits, (count,), torch.int32, "limits"), 0, keys + 1, "limits")
+    _, pointers = _one_page_a_row(len(cache_BSd))
     slots = torch.zeros(count, topk, dtype=torch.int32)
     counts = torch.empty(count, dtype=torch.int32)
     call = fill(
         library.SelectCall(), q=q_NHd, bf16=q_NHd.dtype == torch.bfloat16, turns=turns_Nr, weights=weights_NH,
         cache=cache_BSd, bf16_cache=cache_BSd.dtype == torch.bfloat16,
-        cache_row_bytes=cache_BSd.stride(0) * cache_BSd.element_size(), count=count, heads=heads, width=width,
-        rotary=rotary, keys=keys, topk=topk, cache_rows=rows, visible=visible_NS, limits=limits, slots=slots,
-        counts=counts,
+        page_bytes=cache_BSd.stride(0) * cache_BSd.element_size(), count=count, heads=heads, width=width,
+        rotary=rotary, keys=keys, topk=topk, rows=rows, visible=visible_NS, limits=limits, slots=slots,
+        counts=counts, pages=fill(library.Pages(), tables=pointers),
     )  # fmt: skip
     library.select(call)
     return Slots(slots, counts)
@@ -134,16 +137,25 @@ def _check_rows(cache: Tensor, name: str) -> None:
     need(inner.is_contiguous(), f"the {name} of a row are not contiguous")
 
 
+@cache
+def _one_page_a_row(rows: int) -> tuple[Tensor, Tensor]:
+    """Tables of sequences that lie in one page each, and the address of each table."""
+    tables = torch.arange(rows, dtype=torch.int32)
+    return tables, tables.data_ptr() + 4 * torch.arange(rows)
+
+
 def _cached(keys: Tensor, values: Tensor, key_width: int, value_width: int) -> object:
     _check_rows(keys, "keys")
     _check_rows(values, "values")
     need(keys.dtype == values.dtype, "keys and values differ in dtype")
     item = keys.element_size()
+    _, pointers = _one_page_a_row(len(keys))
     return fill(
         library.CachedRows(), keys=keys, values=values, bf16=keys.dtype == torch.bfloat16,
         key_width=key_width, value_width=value_width,
         key_stride=keys[0, 0].numel(), value_stride=values[0, 0].numel(),
-        key_row_bytes=keys.stride(0) * item, value_row_bytes=values.stride(0) * item,
+        key_page_bytes=keys.stride(0) * item, value_page_bytes=values.stride(0) * item,
+        pages=fill(library.Pages(), tables=pointers),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from glm5.kernels.slots import Slots
 
 
 class CacheRows(NamedTuple):
-    """Where a layer's cache lies, [B, capacity, ..]: latents or keys, values (GQA), index keys (DSA)."""
+    """Where a layer's cache lies, [pages, tokens, ..]: latents or keys, values (GQA), index keys (DSA)."""
 
     latents: Tensor
     values: Tensor | None = None
@@ -102,37 +102,71 @@ def _same_names(given: dict[str, Any], wanted: dict[str, Any], optional: dict[st
 
 
 class Pass:
-    """One forward pass over a cache: `queries` new tokens of each row, the last of `keys`.
+    """One forward pass: N new tokens of any sequences, which all layers write to the same places.
 
-    x: fp32 or bf16 [B, T, D]. turns: complex64 [B, T, rotary / 2]. causal: no token sees a later one of
-    this call, and without `visible` it sees every earlier one. visible: bool [B or 1, T, keys].
+    x: fp32 or bf16 [.., D], N rows in all. turns: complex64 [N, rotary / 2]. tables: int32, the page numbers
+    of all sequences, one behind the other; `starts` says where each begins. rows, slots, limits: int32 [N], a
+    token's sequence, the slot it is written to, and how many slots it sees. A page has `page_tokens` slots, a
+    power of two. causal: no token sees a later one of this pass. visible: bool [sequences or 1, slots, keys],
+    what a token sees within its limit; only where a sequence's tokens are all in this pass.
     """
 
-    def __init__(self, x: Tensor, turns: Tensor, keys: int, *, causal: bool, visible: Tensor | None) -> None:
-        batch, queries, self.hidden = x.shape
+    def __init__(
+        self, x: Tensor, turns: Tensor, *, tables: Tensor, starts: list[int], rows: Tensor, slots: Tensor,
+        limits: Tensor, keys: int, page_tokens: int, causal: bool = True,
+        visible: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        count, self.hidden = x.numel() // x.shape[-1], x.shape[-1]
         need(
             x.dtype in ACTIVATIONS and x.device.type == "cpu", f"activations are {x.dtype}, not fp32 or bf16"
         )
-        need(queries <= keys, f"{queries} tokens do not fit in {keys} keys")
-        need(x.numel() < 1 << 31, f"{batch} x {queries} tokens are too many for one pass; give fewer at once")
-        self.shape, self.dtype, self.keys = x.shape, x.dtype, keys
-        self.turns = whole(turns.contiguous(), (batch, queries, turns.shape[-1]), torch.complex64, "turns")
-        self.visible = None
+        need(x.numel() < 1 << 31, f"{count} tokens are too many for one pass; give fewer at once")
+        need(page_tokens & (page_tokens - 1) == 0, f"pages of {page_tokens} tokens are no power of two")
+        self.shape, self.dtype, self.keys, self.count = x.shape, x.dtype, keys, count
+        self.turns = whole(turns.contiguous(), (count, turns.shape[-1]), torch.complex64, "turns")
+        self.visible = visible
+        for values, name in ((rows, "rows"), (slots, "slots"), (limits, "limits")):
+            whole(values, (count,), torch.int32, name)
+        inside(rows, 0, len(starts), "rows")
+        inside(limits, 1, keys + 1, "limits")
+        inside(slots, 0, keys, "slots")
+        whole(tables, (tables.numel(),), torch.int32, "tables")
+        bounds = torch.tensor([*starts, tables.numel()])
+        reach = bounds.diff()[rows.long()] * page_tokens
+        need(bool((limits <= reach).all() and (slots < limits).all()), "a token lies behind its pages")
+        self.pages = int(tables.max()) + 1
         if visible is not None:
-            rows = visible.shape[0]
-            need(rows in (1, batch), f"visible has {rows} rows, not 1 or {batch}")
-            self.visible = whole(visible.contiguous(), (rows, queries, keys), torch.bool, "visible")
+            wanted = (len(starts) if len(visible) > 1 else 1, keys, keys)
+            self.visible = whole(visible.contiguous(), wanted, torch.bool, "visible")
+        self._pointers = tables.data_ptr() + 4 * bounds[:-1]
+        self._kept = (tables, rows, slots, limits)
+        where = fill(library.Pages(), tables=self._pointers)
+        where.shift = page_tokens.bit_length() - 1
         self._fixed = {
-            "bf16": x.dtype == torch.bfloat16, "batch": batch, "queries": queries, "keys": keys,
-            "causal": causal, "turns": self.turns.data_ptr(), "visible": address(self.visible),
-            "visible_at": 0 if self.visible is None or len(self.visible) == 1 else queries * keys,
+            "bf16": x.dtype == torch.bfloat16, "count": count, "keys": keys, "causal": causal, "pages": where,
+            "rows": rows.data_ptr(), "at": slots.data_ptr(), "limits": limits.data_ptr(),
+            "turns": self.turns.data_ptr(), "visible": address(self.visible),
+            "visible_at": 0 if self.visible is None or len(self.visible) == 1 else keys * keys,
         }  # fmt: skip
+
+    @classmethod
+    def of_rows(cls, x: Tensor, turns: Tensor, *, causal: bool, visible: Tensor | None) -> Pass:
+        """A pass over B sequences that nothing is held of: x [B, T, D], turns [B, T, rotary / 2]."""
+        batch, tokens, _ = x.shape
+        rows = torch.arange(batch, dtype=torch.int32)
+        slots = torch.arange(tokens, dtype=torch.int32)
+        limits = slots + 1 if causal else torch.full_like(slots, tokens)
+        return cls(
+            x, turns.reshape(batch * tokens, -1), tables=rows, starts=list(range(batch)),
+            rows=rows.repeat_interleave(tokens), slots=slots.repeat(batch), limits=limits.repeat(batch),
+            keys=tokens, page_tokens=1 << 30, causal=causal, visible=visible,
+        )  # fmt: skip
 
     def run(
         self, layer: DecoderLayer, x: Tensor, rows: CacheRows, *, slots: Slots | None = None,
         chosen: Slots | None = None, told: Told | None = None, exact: bool = False,
     ) -> Tensor:  # fmt: skip
-        """The layer's output, like x; without a feed-forward half fp32 [B, T, D] after attention.
+        """The layer's output, like x; without a feed-forward half fp32 after attention.
 
         slots: what an earlier layer chose for each query. chosen: filled with what this layer's indexer
         chooses. told: filled with what the router chose. exact: integer weights meet unrounded activations.
@@ -148,7 +182,7 @@ class Pass:
             setattr(call, name, value)
         call.x, call.out, call.exact = x.data_ptr(), out.data_ptr(), exact
         self._set_cache(call, layer, rows)
-        count = self.shape[0] * self.shape[1]
+        count = self.count
         if slots is not None:
             assert slots.slots is not None
             whole(slots.counts, (count,), torch.int32, "counts")
@@ -179,24 +213,22 @@ class Pass:
         size, latents = layer.sizes, rows.latents
         head, groups = size["nope"] + size["rotary"], size.get("kv_heads", 1)
         widths = {"latents": groups * head if size["grouped"] else size["latent"] + size["rotary"]}
-        widths |= {"values": groups * size["value"], "index_keys": size.get("index_width", 0)}
+        widths |= {"values": groups * size["value"], "index": size.get("index_width", 0)}
         need(latents.dtype in ACTIVATIONS, f"the cache is {latents.dtype}, not fp32 or bf16")
         call.cache_bf16, item = latents.dtype == torch.bfloat16, latents.element_size()
-        for name, buffer in zip(("latents", "values", "index_keys"), rows, strict=True):
+        tokens = latents.shape[1]
+        for name, buffer in zip(("latents", "values", "index"), rows, strict=True):
             if buffer is None:
                 continue
-            fits = buffer.shape[0] == self.shape[0] and buffer.shape[1] >= self.keys
-            need(fits and buffer.dtype == latents.dtype, f"{name} do not hold {self.keys} tokens of each row")
+            fits = buffer.shape[0] >= self.pages and buffer.shape[1] == tokens
+            need(fits and buffer.dtype == latents.dtype, f"the {name} have too few or other pages")
             inner = buffer.stride(1) == widths[name] and buffer[0, 0].is_contiguous()
             need(
                 inner and buffer[0, 0].numel() == widths[name] and buffer.device.type == "cpu",
-                f"{name} are not [B, S, {widths[name]}]",
+                f"{name} are not [pages, tokens, {widths[name]}]",
             )
-            setattr(call, name, buffer.data_ptr())
-            setattr(
-                call,
-                f"{name}_row_bytes" if name != "index_keys" else "index_row_bytes",
-                buffer.stride(0) * item,
-            )
+            setattr(call, "index_keys" if name == "index" else name, buffer.data_ptr())
+            setattr(call, f"{name}_page_bytes", buffer.stride(0) * item)
+        need(tokens >= min(self.keys, 1 << call.pages.shift), "a page has too few tokens")
         need(not size.get("index_heads") or rows.index_keys is not None, "the layer needs index keys")
         need(not size["grouped"] or rows.values is not None, "the layer needs values")

@@ -129,24 +129,28 @@ inline void mix_tile(const float* weights, int heads, const float* rows, int str
 
 // Where the rows of query t lie, for the key/value head `head`.
 struct RowsOf {
-  const char *keys, *values;      // of slot 0
-  size_t key_bytes, value_bytes;  // from a slot to the next
-  const int32_t* slots;           // null: 0, 1, 2, ...
+  const char *keys, *values;
+  size_t key_bytes, value_bytes;            // from a slot to the next
+  size_t key_page_bytes, value_page_bytes;  // from a page to the next
+  const int32_t* table;                     // the pages of the query's sequence
+  const Pages* pages;
+  const int32_t* slots;  // null: 0, 1, 2, ...
   int count;
-  size_t slot(int s) const { return static_cast<size_t>(slots ? slots[s] : s); }
-  const char* key(int s) const { return keys + slot(s) * key_bytes; }
-  const char* value(int s) const { return values + slot(s) * value_bytes; }
+  int slot(int s) const { return slots ? slots[s] : s; }
+  const char* key(int s) const { return keys + pages->offset(table, slot(s), key_page_bytes, key_bytes); }
+  const char* value(int s) const {
+    return values + pages->offset(table, slot(s), value_page_bytes, value_bytes);
+  }
 };
 
 inline RowsOf rows_of(const CachedRows& cache, const SeenSlots& seen, int t, int head) {
-  const size_t item = cache.bf16 ? 2 : 4, row = static_cast<size_t>(seen.rows[t]),
-               at = static_cast<size_t>(head);
+  const size_t item = cache.bf16 ? 2 : 4, at = static_cast<size_t>(head);
   RowsOf to;
   to.key_bytes = cache.key_stride * item, to.value_bytes = cache.value_stride * item;
-  to.keys = static_cast<const char*>(cache.keys) + row * cache.key_row_bytes +
-            at * static_cast<size_t>(cache.key_width) * item;
-  to.values = static_cast<const char*>(cache.values) + row * cache.value_row_bytes +
-              at * static_cast<size_t>(cache.value_width) * item;
+  to.key_page_bytes = cache.key_page_bytes, to.value_page_bytes = cache.value_page_bytes;
+  to.table = cache.pages.tables[seen.rows[t]], to.pages = &cache.pages;
+  to.keys = static_cast<const char*>(cache.keys) + at * static_cast<size_t>(cache.key_width) * item;
+  to.values = static_cast<const char*>(cache.values) + at * static_cast<size_t>(cache.value_width) * item;
   to.slots = seen.slots ? seen.slots + static_cast<size_t>(t) * static_cast<size_t>(seen.room) : nullptr;
   to.count = seen.counts[t];
   return to;

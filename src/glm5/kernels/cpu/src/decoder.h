@@ -50,7 +50,7 @@ struct Weights {
 
 // Some of a call's tokens, and what attention makes of them. Arrays are [count, ..].
 struct Tokens {
-  int first = 0, count = 0;  // among the call's batch * queries
+  int first = 0, count = 0;  // among the call's tokens
   float *q_in = nullptr, *kv = nullptr, *v = nullptr, *q = nullptr, *mixed = nullptr;
   float *index_q = nullptr, *index_weights = nullptr, *index_key = nullptr;
 };
@@ -59,17 +59,14 @@ struct LayerRun {
   const DecoderLayer& layer;
   const LayerCall& call;
   Weights weights;
-  float* x = nullptr;  // fp32 [batch * queries, hidden], the residual stream
+  float* x = nullptr;  // fp32 [count, hidden], the residual stream
 
   LayerRun(const DecoderLayer& layer, const LayerCall& call) : layer(layer), call(call), weights(layer) {}
-  int first_slot() const { return call.keys - call.queries; }
   int query_width() const { return layer.nope + layer.rotary; }
   int cached_width() const { return layer.grouped ? layer.kv_in.rows : layer.latent + layer.rotary; }
   bool has_query_latent() const { return !layer.grouped && weights.q_norm; }
   bool selects() const { return layer.index_heads > 0 && call.keys > layer.topk; }
   const float* turns(int token) const { return call.turns + static_cast<size_t>(token) * layer.rotary; }
-  // How many keys query `token` sees where positions alone say so.
-  int seen_keys(int token) const { return call.causal ? first_slot() + token % call.queries + 1 : call.keys; }
 };
 
 inline LinearOutput output_of(const Matrix& m, float* out, const float* bias = nullptr,
@@ -133,10 +130,11 @@ inline void write_cache(const LayerRun& run, const Tokens& tokens) {
   parallel((tokens.count + together - 1) / together, [&](int part) {
     for (int i = part * together; i < std::min(tokens.count, (part + 1) * together); i++) {
       const int token = tokens.first + i, width = run.cached_width();
-      const size_t slot = static_cast<size_t>(run.first_slot() + token % call.queries),
-                   row = static_cast<size_t>(token / call.queries);
-      const auto put = [&](const float* from, void* buffer, size_t row_bytes, int count) {
-        narrow(from, static_cast<char*>(buffer) + row * row_bytes + slot * static_cast<size_t>(count) * item,
+      const int32_t* table = call.pages.tables[call.rows[token]];
+      const auto put = [&](const float* from, void* buffer, size_t page_bytes, int count) {
+        const size_t slot_bytes = static_cast<size_t>(count) * item;
+        narrow(from,
+               static_cast<char*>(buffer) + call.pages.offset(table, call.at[token], page_bytes, slot_bytes),
                call.cache_bf16, count);
       };
       float* mine = tokens.kv + static_cast<size_t>(i) * width;
@@ -146,32 +144,32 @@ inline void write_cache(const LayerRun& run, const Tokens& tokens) {
           if (run.weights.kv_norm) rms_norm(mine, run.weights.kv_norm, layer.head_eps, mine, head);
           rotate_halves(mine, run.turns(token), layer.rotary / 2);
         }
-        put(tokens.kv + static_cast<size_t>(i) * width, call.latents, call.latents_row_bytes, width);
-        put(tokens.v + static_cast<size_t>(i) * values, call.values, call.values_row_bytes, values);
+        put(tokens.kv + static_cast<size_t>(i) * width, call.latents, call.latents_page_bytes, width);
+        put(tokens.v + static_cast<size_t>(i) * values, call.values, call.values_page_bytes, values);
         continue;
       }
       rms_norm(mine, run.weights.kv_norm, layer.head_eps, mine, layer.latent);
       rotate_pairs(mine + layer.latent, run.turns(token), layer.rotary / 2);
-      put(mine, call.latents, call.latents_row_bytes, width);
+      put(mine, call.latents, call.latents_page_bytes, width);
       if (!layer.index_heads) continue;
       float* key = tokens.index_key + static_cast<size_t>(i) * layer.index_width;
       layer_norm(key, run.weights.index_norm, run.weights.index_bias, layer.index_eps, layer.index_width);
       rotate_pairs(key, run.turns(token), layer.rotary / 2);
-      put(key, call.index_keys, call.index_row_bytes, layer.index_width);
+      put(key, call.index_keys, call.index_page_bytes, layer.index_width);
     }
   });
 }
 
 // The slots that each of the tokens sees; the arrays behind it live in `Seen`.
 struct Seen {
-  std::vector<int32_t> rows, counts, slots;
+  std::vector<int32_t> counts, slots;
   std::vector<uint8_t> mask;
 };
 
 // The caller's mask, a row a token.
 inline const uint8_t* mask_of(const LayerCall& call, int token) {
-  return call.visible + static_cast<size_t>(token / call.queries) * call.visible_at +
-         static_cast<size_t>(token % call.queries) * call.keys;
+  return call.visible + static_cast<size_t>(call.rows[token]) * call.visible_at +
+         static_cast<size_t>(call.at[token]) * call.keys;
 }
 
 inline void choose_slots(const LayerRun& run, const Tokens& tokens, Seen& seen) {
@@ -184,10 +182,11 @@ inline void choose_slots(const LayerRun& run, const Tokens& tokens, Seen& seen) 
   SelectCall choice;
   choice.q = tokens.index_q, choice.turns = run.turns(tokens.first), choice.weights = tokens.index_weights;
   choice.cache = call.index_keys, choice.bf16_cache = call.cache_bf16,
-  choice.cache_row_bytes = call.index_row_bytes;
+  choice.page_bytes = call.index_page_bytes;
   choice.count = tokens.count, choice.heads = layer.index_heads, choice.width = layer.index_width,
   choice.rotary = layer.rotary;
-  choice.keys = call.keys, choice.topk = layer.topk, choice.cache_rows = seen.rows.data();
+  choice.keys = call.keys, choice.topk = layer.topk;
+  choice.rows = call.rows + first, choice.pages = call.pages;
   if (call.visible) {
     seen.mask.resize(n * static_cast<size_t>(call.keys));
     for (int i = 0; i < tokens.count; i++)
@@ -195,7 +194,7 @@ inline void choose_slots(const LayerRun& run, const Tokens& tokens, Seen& seen) 
                   static_cast<size_t>(call.keys));
     choice.visible = seen.mask.data();
   } else {
-    choice.limits = seen.counts.data();
+    choice.limits = call.limits + first;
   }
   choice.slots = call.chosen_slots + first * layer.topk, choice.counts = call.chosen_counts + first;
   table().select(choice);
@@ -204,13 +203,8 @@ inline void choose_slots(const LayerRun& run, const Tokens& tokens, Seen& seen) 
 inline SeenSlots see(const LayerRun& run, const Tokens& tokens, Seen& seen) {
   const LayerCall& call = run.call;
   const size_t n = static_cast<size_t>(tokens.count), first = static_cast<size_t>(tokens.first);
-  seen.rows.resize(n), seen.counts.resize(n);
-  for (int i = 0; i < tokens.count; i++) {
-    seen.rows[static_cast<size_t>(i)] = (tokens.first + i) / call.queries;
-    seen.counts[static_cast<size_t>(i)] = run.seen_keys(tokens.first + i);
-  }
   SeenSlots to;
-  to.rows = seen.rows.data(), to.counts = seen.counts.data();
+  to.rows = call.rows + first, to.counts = call.limits + first;
   if (run.selects()) {
     choose_slots(run, tokens, seen);
     to.slots = call.chosen_slots + first * run.layer.topk, to.counts = call.chosen_counts + first,
@@ -218,7 +212,7 @@ inline SeenSlots see(const LayerRun& run, const Tokens& tokens, Seen& seen) {
   } else if (call.slots) {
     to.slots = call.slots + first * call.room, to.counts = call.counts + first, to.room = call.room;
   } else if (call.visible) {
-    seen.slots.resize(n * static_cast<size_t>(call.keys));
+    seen.slots.resize(n * static_cast<size_t>(call.keys)), seen.counts.resize(n);
     for (int i = 0; i < tokens.count; i++) {
       const uint8_t* mask = mask_of(call, tokens.first + i);
       int32_t *mine = seen.slots.data() + static_cast<size_t>(i) * call.keys, count = 0;
@@ -226,7 +220,7 @@ inline SeenSlots see(const LayerRun& run, const Tokens& tokens, Seen& seen) {
         if (mask[s]) mine[count++] = s;
       seen.counts[static_cast<size_t>(i)] = count;
     }
-    to.slots = seen.slots.data(), to.room = call.keys;
+    to.slots = seen.slots.data(), to.counts = seen.counts.data(), to.room = call.keys;
   }
   return to;
 }
@@ -235,8 +229,8 @@ inline void attend_tokens(const LayerRun& run, const Tokens& tokens, const SeenS
   const DecoderLayer& layer = run.layer;
   const LayerCall& call = run.call;
   CachedRows cache;
-  cache.bf16 = call.cache_bf16, cache.keys = call.latents, cache.key_row_bytes = call.latents_row_bytes;
-  cache.key_stride = static_cast<size_t>(run.cached_width());
+  cache.bf16 = call.cache_bf16, cache.keys = call.latents, cache.key_page_bytes = call.latents_page_bytes;
+  cache.key_stride = static_cast<size_t>(run.cached_width()), cache.pages = call.pages;
   if (layer.grouped) {
     const int head = layer.nope + layer.rotary;
     parallel(tokens.count, [&](int i) {
@@ -246,7 +240,7 @@ inline void attend_tokens(const LayerRun& run, const Tokens& tokens, const SeenS
         rotate_halves(mine, run.turns(tokens.first + i), layer.rotary / 2);
       }
     });
-    cache.values = call.values, cache.value_row_bytes = call.values_row_bytes,
+    cache.values = call.values, cache.value_page_bytes = call.values_page_bytes,
     cache.value_stride = static_cast<size_t>(layer.v.rows);
     cache.key_width = head, cache.value_width = layer.value;
     GroupedCall attention;
@@ -256,7 +250,7 @@ inline void attend_tokens(const LayerRun& run, const Tokens& tokens, const SeenS
     attend_grouped(attention);
     return;
   }
-  cache.values = cache.keys, cache.value_row_bytes = cache.key_row_bytes,
+  cache.values = cache.keys, cache.value_page_bytes = cache.key_page_bytes,
   cache.value_stride = cache.key_stride;
   cache.key_width = run.cached_width(), cache.value_width = layer.latent;
   AttendCall attention;
@@ -272,7 +266,7 @@ inline void attend_tokens(const LayerRun& run, const Tokens& tokens, const SeenS
 
 // x += o(attention(norm(x))) for all tokens. Under a rule that looks ahead every key is written first.
 inline void attention_half(const LayerRun& run) {
-  const int n = run.call.batch * run.call.queries;
+  const int n = run.call.count;
   const int step = run.call.causal ? kLayerTokens : n;
   static thread_local Seen seen;
   for (int first = 0; first < n; first += step) {
@@ -288,7 +282,7 @@ inline void attention_half(const LayerRun& run) {
 inline void decode_layer(const DecoderLayer& layer, const LayerCall& call) {
   static thread_local std::vector<float> store;
   LayerRun run(layer, call);
-  const int n = call.batch * call.queries;
+  const int n = call.count;
   const size_t size = static_cast<size_t>(n) * layer.hidden;
   // In fp32 the stream is kept in `out` itself.
   run.x = layer.feed && call.bf16 ? scratch(store, 2 * size) : static_cast<float*>(call.out);

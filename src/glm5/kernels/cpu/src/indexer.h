@@ -141,9 +141,11 @@ void select_by(const SelectCall& call) {
   });
   const int bands = (call.keys + kBand - 1) / kBand;
   const auto reach = [&](int t) { return call.limits ? call.limits[t] : call.keys; };
+  // A query that sees no more than it may keep keeps all: nothing is scored.
+  const auto keeps_all = [&](int t) { return !call.visible && reach(t) <= call.topk; };
   parallel(bands * call.count, [&](int item) {
     const int t = item / bands, first = item % bands * kBand, count = std::min(kBand, reach(t) - first);
-    if (count <= 0) return;
+    if (count <= 0 || keeps_all(t)) return;
     float* mine = scores + static_cast<size_t>(t) * call.keys + first;
     const uint8_t* visible =
         call.visible ? call.visible + static_cast<size_t>(t) * call.keys + first : nullptr;
@@ -151,21 +153,32 @@ void select_by(const SelectCall& call) {
       std::fill_n(mine, count, -INFINITY);
       return;
     }
-    const char* keys = static_cast<const char*>(call.cache) + call.cache_rows[t] * call.cache_row_bytes +
-                       static_cast<size_t>(first) * call.width * (call.bf16_cache ? 2 : 4);
+    const int32_t* table = call.pages.tables[call.rows[t]];
+    const size_t key_bytes = static_cast<size_t>(call.width) * (call.bf16_cache ? 2 : 4);
     const auto* queries = turned + static_cast<size_t>(t) * size;
     const float* weights = weighed + static_cast<size_t>(t) * lanes;
-    if (vectors == 2) Scores::template band<2>(call, queries, weights, keys, count, mine);
-    else if (vectors == 4) Scores::template band<4>(call, queries, weights, keys, count, mine);
-    else Scores::template band<1>(call, queries, weights, keys, count, mine);
+    for (int s = 0, here; s < count; s += here) {
+      here = std::min(count - s, call.pages.left_in_page(first + s));
+      const char* keys = static_cast<const char*>(call.cache) +
+                         call.pages.offset(table, first + s, call.page_bytes, key_bytes);
+      if (vectors == 2) Scores::template band<2>(call, queries, weights, keys, here, mine + s);
+      else if (vectors == 4) Scores::template band<4>(call, queries, weights, keys, here, mine + s);
+      else Scores::template band<1>(call, queries, weights, keys, here, mine + s);
+    }
     if (visible) {
       for (int s = 0; s < count; s++)
         if (!visible[s]) mine[s] = -INFINITY;
     }
   });
   parallel(call.count, [&](int t) {
-    call.counts[t] = select_slots(scores + static_cast<size_t>(t) * call.keys, reach(t), call.topk,
-                                  call.slots + static_cast<size_t>(t) * call.topk);
+    int32_t* slots = call.slots + static_cast<size_t>(t) * call.topk;
+    if (keeps_all(t)) {
+      call.counts[t] = reach(t);
+      for (int s = 0; s < reach(t); s++) slots[s] = s;
+      return;
+    }
+    call.counts[t] =
+        select_slots(scores + static_cast<size_t>(t) * call.keys, reach(t), call.topk, slots);
   });
 }
 

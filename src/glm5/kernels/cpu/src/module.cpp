@@ -121,11 +121,12 @@ void bind_calls(nb::module_& m) {
       "count", &E::count)("norm", &E::norm)("eps", &E::eps)("exact", &E::exact)("ids", &E::ids)(
       "weights", &E::weights)("topk", &E::topk)("chosen_ids", &E::chosen_ids)(
       "chosen_weights", &E::chosen_weights)("scores", &E::scores);
+  Fields<Pages>(m, "Pages")("tables", &Pages::tables)("shift", &Pages::shift);
   using C = CachedRows;
   Fields<C>(m, "CachedRows")("keys", &C::keys)("values", &C::values)("bf16", &C::bf16)(
       "key_width", &C::key_width)("value_width", &C::value_width)("key_stride", &C::key_stride)(
-      "value_stride", &C::value_stride)("key_row_bytes", &C::key_row_bytes)("value_row_bytes",
-                                                                            &C::value_row_bytes);
+      "value_stride", &C::value_stride)("key_page_bytes", &C::key_page_bytes)(
+      "value_page_bytes", &C::value_page_bytes)("pages", &C::pages);
   using S = SeenSlots;
   Fields<S>(m, "SeenSlots")("rows", &S::rows)("slots", &S::slots)("counts", &S::counts)("room", &S::room);
   using A = AttendCall;
@@ -139,14 +140,15 @@ void bind_calls(nb::module_& m) {
   Fields<D>(m, "SelectCall")("q", &D::q)("turns", &D::turns)("weights", &D::weights)("cache", &D::cache)(
       "bf16", &D::bf16)("bf16_cache", &D::bf16_cache)("count", &D::count)("heads", &D::heads)(
       "width", &D::width)("rotary", &D::rotary)("keys", &D::keys)("topk", &D::topk)(
-      "cache_row_bytes", &D::cache_row_bytes)("cache_rows", &D::cache_rows)("limits", &D::limits)(
+      "page_bytes", &D::page_bytes)("pages", &D::pages)("rows", &D::rows)("limits", &D::limits)(
       "visible", &D::visible)("slots", &D::slots)("counts", &D::counts);
   using L = LayerCall;
   Fields<L>(m, "LayerCall")("x", &L::x)("out", &L::out)("bf16", &L::bf16)("cache_bf16", &L::cache_bf16)(
-      "causal", &L::causal)("exact", &L::exact)("batch", &L::batch)("queries", &L::queries)("keys", &L::keys)(
+      "causal", &L::causal)("exact", &L::exact)("count", &L::count)("keys", &L::keys)("rows", &L::rows)("at", &L::at)(
+      "limits", &L::limits)("pages", &L::pages)(
       "turns", &L::turns)("latents", &L::latents)("values", &L::values)("index_keys", &L::index_keys)(
-      "latents_row_bytes", &L::latents_row_bytes)("values_row_bytes", &L::values_row_bytes)(
-      "index_row_bytes", &L::index_row_bytes)("visible", &L::visible)("visible_at", &L::visible_at)(
+      "latents_page_bytes", &L::latents_page_bytes)("values_page_bytes", &L::values_page_bytes)(
+      "index_page_bytes", &L::index_page_bytes)("visible", &L::visible)("visible_at", &L::visible_at)(
       "slots", &L::slots)("counts", &L::counts)("room", &L::room)("chosen_slots", &L::chosen_slots)(
       "chosen_counts", &L::chosen_counts)("expert_ids", &L::expert_ids)("expert_weights", &L::expert_weights)(
       "expert_scores", &L::expert_scores);

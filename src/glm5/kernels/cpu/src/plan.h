@@ -90,19 +90,32 @@ struct MoeCall {
   float* scores = nullptr;  // [count, experts]
 };
 
-// What attention reads: row s of batch row b at keys + b * key_row_bytes + s * key_stride values. MLA: keys
-// and values are the same memory, of which the values are the first columns.
+// In which pages the slots of each sequence lie. A buffer begins a page every `page_bytes` and a slot in it every
+// `slot_bytes`. Memory that is not in pages is one page a sequence.
+struct Pages {
+  const int32_t* const* tables = nullptr;  // a table of page numbers for each sequence
+  int shift = 30;                          // a page has 1 << shift slots
+  size_t offset(const int32_t* table, int slot, size_t page_bytes, size_t slot_bytes) const {
+    const uint32_t at = static_cast<uint32_t>(slot), mask = (1u << shift) - 1;
+    return static_cast<size_t>(table[at >> shift]) * page_bytes + (at & mask) * slot_bytes;
+  }
+  int left_in_page(int slot) const { return (1 << shift) - (slot & ((1 << shift) - 1)); }
+};
+
+// What attention reads: keys and values of the slots of each sequence. MLA: keys and values are the same memory,
+// of which the values are the first columns.
 struct CachedRows {
   const void *keys = nullptr, *values = nullptr;
   bool bf16 = false;
   int key_width = 0, value_width = 0;       // of one key/value head
   size_t key_stride = 0, value_stride = 0;  // values from a slot to the next
-  size_t key_row_bytes = 0, value_row_bytes = 0;
+  size_t key_page_bytes = 0, value_page_bytes = 0;
+  Pages pages;
 };
 
 // Which slots each query sees, in rising order.
 struct SeenSlots {
-  const int32_t* rows = nullptr;    // [count]: its row of the cache
+  const int32_t* rows = nullptr;    // [count]: its sequence
   const int32_t* slots = nullptr;   // [count, room]; null = 0, 1, 2, ...
   const int32_t* counts = nullptr;  // [count]: how many of them
   int room = 0;
@@ -137,11 +150,12 @@ struct SelectCall {
   const void* q = nullptr;         // [count, heads, width], not yet rotated; at most 64 heads
   const float* turns = nullptr;    // [count, rotary / 2] of cos, sin, for the first dims
   const float* weights = nullptr;  // [count, heads], scaled
-  const void* cache = nullptr;     // [rows, capacity, width]
+  const void* cache = nullptr;     // pages of [slots, width]
   bool bf16 = false, bf16_cache = false;
   int count = 0, heads = 0, width = 0, rotary = 0, keys = 0, topk = 0;
-  size_t cache_row_bytes = 0;
-  const int32_t* cache_rows = nullptr;
+  size_t page_bytes = 0;
+  Pages pages;
+  const int32_t* rows = nullptr;     // [count]: its sequence
   const int32_t* limits = nullptr;   // [count]: a query sees the first so many keys; null = all
   const uint8_t* visible = nullptr;  // [count, keys] of those; null = every key
   int32_t* slots = nullptr;          // [count, topk]
@@ -162,20 +176,22 @@ struct DecoderLayer {
   const MoeLayer* feed = nullptr;                  // null: the call ends after attention
 };
 
-// `queries` new tokens of each of `batch` rows, the last of `keys`; their cache rows are written.
+// New tokens of any sequences, in any mix: each is written to its slot and sees the first `limit` slots of its
+// sequence. Tokens of a sequence come in rising slots.
 struct LayerCall {
-  const void* x = nullptr;  // [batch, queries, hidden]
+  const void* x = nullptr;  // [count, hidden]
   void* out = nullptr;      // the same; fp32 where the call ends after attention
   bool bf16 = false, cache_bf16 = false;
   bool exact = false;   // integer weights meet unrounded activations
-  bool causal = false;  // no token sees a later one of this call; without a mask it sees every earlier one
-  int batch = 0, queries = 0, keys = 0;
-  const float* turns = nullptr;  // [batch, queries, rotary / 2] of cos, sin
-  void *latents = nullptr, *values = nullptr,
-       *index_keys = nullptr;  // [batch, capacity, ..]; GQA: latents are keys
-  size_t latents_row_bytes = 0, values_row_bytes = 0, index_row_bytes = 0;
-  const uint8_t* visible = nullptr;                   // [batch or 1, queries, keys]; null = all, or causal
-  size_t visible_at = 0;                              // 0 = one for all rows
+  bool causal = false;  // no token sees a later one of this call
+  int count = 0, keys = 0;  // keys: the largest limit
+  const int32_t *rows = nullptr, *at = nullptr, *limits = nullptr;  // [count]: sequence, own slot, slots seen
+  Pages pages;
+  const float* turns = nullptr;  // [count, rotary / 2] of cos, sin
+  void *latents = nullptr, *values = nullptr, *index_keys = nullptr;  // GQA: latents are keys
+  size_t latents_page_bytes = 0, values_page_bytes = 0, index_page_bytes = 0;
+  const uint8_t* visible = nullptr;                   // [sequences or 1, slots, keys]; null = all within limits
+  size_t visible_at = 0;                              // 0 = one for all sequences
   const int32_t *slots = nullptr, *counts = nullptr;  // chosen by an earlier layer
   int room = 0;                                       // slots of a query
   int32_t *chosen_slots = nullptr, *chosen_counts = nullptr;  // [n, topk], [n]: what this layer chose
