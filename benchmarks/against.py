@@ -36,10 +36,15 @@ def timed(action):
 def add(name, path, dtype):
     model = glm5.load(path, dtype=dtype, device="cpu")
     prompt = torch.arange(100, 612).view(1, -1)
-    ends = dict(do_sample=False, eos_token_id=[])
-    WORK[f"{name} prefill 512"] = lambda: timed(lambda: model.generate(prompt, max_new_tokens=1, **ends))
-    short = prompt[:, :8]
-    WORK[f"{name} decode 64"] = lambda: timed(lambda: model.generate(short, max_new_tokens=65, **ends))
+    ends = dict(do_sample=False, eos_token_id=[], use_mtp=False)
+
+    def generate(ids, count):
+        if hasattr(model, "engine"):
+            model.engine.forget()
+        return timed(lambda: model.generate(ids, max_new_tokens=count, **ends))
+
+    WORK[f"{name} prefill 512"] = lambda: generate(prompt, 1)
+    WORK[f"{name} decode 64"] = lambda: generate(prompt[:, :8], 65)
     WORK[f"{name} load"] = lambda: timed(lambda: glm5.load(path, dtype=dtype, device="cpu"))
 
 add("int4", None, "float32")

@@ -145,7 +145,7 @@ class Sequence:
         missing = self.pages_missing(tokens)
         if missing > self.pool.free_pages:
             raise OutOfPagesError(
-                f"{missing} pages are needed, {self.pool.free_pages} of {self.pool.num_pages} free"
+                f"{missing} pages are needed, {self.pool.free_pages} of {self.pool.num_pages} are free"
             )
         size = self.pool.page_tokens
         begun = self.length // size
