@@ -1,6 +1,6 @@
 """Is this version slower than another one? Pairs of the same work, in turn, on the embedded model.
 
-    python benchmarks/against.py OTHER_PYTHON [--pairs 24] [--threads N]
+    python benchmarks/against.py OTHER_PYTHON [--pairs 24] [--threads N] [--only decode]
 
 OTHER_PYTHON: the interpreter of an environment that has the other version. Two workers live side by side
 and take turns, so that a noisy machine treats both alike; each pair gives a ratio (other / this: above 1 is
@@ -118,11 +118,12 @@ def main() -> None:
     parser.add_argument("other", help="a Python that has the other version")
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="work whose name has this in it")
     options = parser.parse_args()
     checkpoint = Path(__file__).parents[1] / "checkpoints" / "nano"
     this, other = (Worker(python, options.threads, checkpoint) for python in (sys.executable, options.other))
     found = {}
-    for work in this.work:
+    for work in (name for name in this.work if options.only in name):
         for worker in (this, other):
             worker.time(work)
         pairs = []

@@ -112,8 +112,11 @@ def _room_for_choice(run: cpu.Pass, topk: int) -> SlotSelection | None:
 
 def _pass_of(x: Tensor, step: Step) -> cpu.Pass:
     """What the layers of one pass share, made by the first of them."""
-    run = step.shared.get("native")
-    if run is None or run.shape != x.shape or run.dtype != x.dtype:
+    run: cpu.Pass | None = step.shared.get("native")
+    fits = run is not None and run.shape == x.shape and run.dtype == x.dtype
+    if run is not None and fits and step.cache is not None and run.of is not step.angles.turns:
+        run.renew(step.angles.turns, step.cache.places.keys)
+    if run is None or not fits:
         turns = step.angles.turns.expand(x.shape[0], x.shape[1], -1)
         if step.cache is None:
             visible = step.parts[0].visible
@@ -124,9 +127,9 @@ def _pass_of(x: Tensor, step: Step) -> cpu.Pass:
                 x, turns.flatten(0, 1), tables=at.tables, starts=at.starts, rows=at.rows, slots=at.slots,
                 limits=at.limits, keys=at.keys, page_tokens=at.page_tokens, causal=at.causal,
             )  # fmt: skip
+        run.of = step.angles.turns
         step.shared["native"] = run
-    found: cpu.Pass = run
-    return found
+    return run
 
 
 def cache_rows(cache: LayerCache | None, handle: cpu.DecoderLayer, x: Tensor) -> cpu.CacheRows:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from glm5.model.masks import Visibility
@@ -25,7 +27,7 @@ class Part:
     visible: Visibility
 
 
-@dataclass(frozen=True)
+@dataclass
 class Places:
     """Where the tokens of a cached step lie, as kernels take it. N tokens of R sequences, in pages.
 
@@ -34,11 +36,11 @@ class Places:
     the largest limit. causal: no token sees a later one of this step.
     """
 
-    tables: Tensor
+    tables: npt.NDArray[np.int32]
     starts: list[int]
-    rows: Tensor
-    slots: Tensor
-    limits: Tensor
+    rows: npt.NDArray[np.int32]
+    slots: npt.NDArray[np.int32]
+    limits: npt.NDArray[np.int32]
     keys: int
     page_tokens: int
     causal: bool
@@ -77,6 +79,11 @@ class ComingTokens(Protocol):
 
     @property
     def places(self) -> Places: ...
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """As of `Step`; it outlives a step where the next one differs in its places alone."""
+        ...
 
     def layer(self, index: int) -> LayerCache:
         """The cache of a layer; MTP layers follow the decoder's last."""

@@ -122,7 +122,7 @@ class GlmForCausalLM(nn.Module):
 
     def cached_step(self, coming: ComingTokens, probe: Probe | None = None) -> Step:
         """A pass over tokens behind what a cache holds."""
-        return Step(self.angles(coming.positions), cache=coming, probe=probe)
+        return Step(self.angles(coming.positions), cache=coming, probe=probe, shared=coming.shared)
 
     def step(self, positions: TokenPositions, probe: Probe | None = None) -> Step:
         """A pass over tokens at these positions, without a cache."""

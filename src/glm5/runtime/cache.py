@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Series
 from functools import cached_property
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,6 +117,7 @@ class Sequence:
 
     def __init__(self, pool: PagePool) -> None:
         self.pool, self.length = pool, 0
+        self.changes = 0  # of the table
         self.pages: list[int] = []
         self._table = np.zeros(_TABLE, dtype=np.int32)
 
@@ -129,6 +132,7 @@ class Sequence:
             self._table = np.concatenate((self._table, np.zeros_like(self._table)))
         self._table[len(self.pages)] = page
         self.pages.append(page)
+        self.changes += 1
 
     def pages_missing(self, tokens: int) -> int:
         """How many pages `reserve` would take."""
@@ -160,6 +164,7 @@ class Sequence:
         self.pool.drop(self.pages[place])
         self.pages[place] = page
         self._table[place] = page
+        self.changes += 1
 
     def fork(self, length: int | None = None) -> Sequence:
         """Another timeline that begins with the first `length` tokens (None = all) and shares their pages."""
@@ -184,6 +189,7 @@ class Sequence:
     def _keep_pages(self, count: int) -> None:
         while len(self.pages) > count:
             self.pool.drop(self.pages.pop())
+            self.changes += 1
 
 
 class Coming:
@@ -204,6 +210,7 @@ class Coming:
         *,
         prefix_lengths: Series[int] | None = None,
     ) -> None:
+        self.shared: dict[str, Any] = {}
         self._pool, self._sequences, self._counts = pool, sequences, counts
         self._starts = [s.length for s in sequences]
         self._prefixes = prefix_lengths
@@ -222,6 +229,26 @@ class Coming:
             )
         for sequence, end in zip(sequences, ends, strict=True):
             sequence.reserve(end)
+        self._changes = [sequence.changes for sequence in sequences]
+
+    def again(self) -> bool:
+        """Become the next step of the same sequences, a token each, where nothing but the places changes."""
+        for sequence, end in zip(self._sequences, self._ends, strict=True):
+            if sequence.length != end or sequence.pages_missing(end + 1):
+                return False
+        if self._changes != [sequence.changes for sequence in self._sequences]:
+            return False
+        if self._prefixes is not None or max(self._counts) > 1 or "places" not in self.__dict__:
+            return False
+        self._starts, self._ends = self._ends, [end + 1 for end in self._ends]
+        places = self.places
+        self._slots += 1
+        places.slots[:] = self._slots
+        places.limits[:] = self._slots + 1
+        places.keys = max(self._ends)
+        for made in ("_limits", "parts", "written", "held"):
+            self.__dict__.pop(made, None)
+        return True
 
     @cached_property
     def _slots(self) -> np.ndarray:
@@ -248,16 +275,14 @@ class Coming:
     @cached_property
     def places(self) -> Places:
         tables = [sequence.table for sequence in self._sequences]
-        sizes = [len(table) for table in tables]
-        starts = np.cumsum([0, *sizes[:-1]]).tolist()
-        rows = np.repeat(np.arange(len(tables), dtype=np.int32), self._counts)
+        starts = [0, *accumulate(len(table) for table in tables[:-1])]
         limits = self._limits
         return Places(
-            tables=torch.from_numpy(np.concatenate(tables)),
+            tables=tables[0] if len(tables) == 1 else np.concatenate(tables),
             starts=starts,
-            rows=torch.from_numpy(rows),
-            slots=torch.from_numpy(self._slots.astype(np.int32)),
-            limits=torch.from_numpy(limits.astype(np.int32)),
+            rows=np.repeat(np.arange(len(tables), dtype=np.int32), self._counts),
+            slots=self._slots.astype(np.int32),
+            limits=limits.astype(np.int32),
             keys=int(limits.max()),
             page_tokens=self._pool.page_tokens,
             causal=self._prefixes is None,

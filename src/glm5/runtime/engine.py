@@ -70,6 +70,7 @@ class Engine:
         self.speculator = Speculator(model, draft_pool)
         self.speculates = rows_are_exact(model)
         self.steps = 0
+        self._last: tuple[list[Timeline], Coming] | None = None
         self._clock = clock
         self._count = 0
         self.lock = threading.RLock()
@@ -225,7 +226,7 @@ class Engine:
                 lines += [Row(request.sampler, tuple(request.guesses[:n])) for n in range(drafts + 1)]
         timelines = [request.timeline for request, _, _ in work if request.timeline is not None]
         prefixes = [request.prefix for request, _, _ in work]
-        coming = Coming(self.pool, timelines, counts, prefix_lengths=prefixes if any(prefixes) else None)
+        coming = self._coming(timelines, counts, prefixes if any(prefixes) else None)
         hidden = self.model.extend(torch.tensor(ids, device=self.device), coming)
         choices = []
         if lines:
@@ -250,6 +251,16 @@ class Engine:
         guessing = [r for r, _ in decoding if r.num_draft_tokens != 0]
         if guessing:
             self.speculator.guess(guessing)
+
+    def _coming(self, timelines: list[Timeline], counts: list[int], prefixes: list[int] | None) -> Coming:
+        """The step's places; those of the step before moved on by one, where that is all that changes."""
+        last = self._last
+        single = prefixes is None and max(counts) == 1
+        if last is not None and single and last[0] == timelines and last[1].again():
+            return last[1]
+        coming = Coming(self.pool, timelines, counts, prefix_lengths=prefixes)
+        self._last = (timelines, coming) if single else None
+        return coming
 
     def _take(self, request: Request, choices: Sequence[object]) -> int:
         """Accept tokens up to the first guess that was wrong; returns how many guesses were right."""

@@ -103,9 +103,8 @@ def choose(logits_MV: Tensor, rows: Sequence[Row]) -> list[Choice | Glm5Error]:
                 except Exception as error:  # the caller's function
                     name = type(error).__name__
                     failed[number] = RequestError(f"allowed_tokens_fn raised {name}: {error}")
-    best = logits.argmax(dim=-1)  # the place of a NaN, where there is one
-    peaks = logits.gather(1, best.unsqueeze(1))
-    tokens, heights = best.tolist(), peaks.flatten().tolist()
+    peaks, best = logits.max(dim=-1)  # the first of equal ones; a NaN, where there is one
+    tokens, heights = best.tolist(), peaks.tolist()
     for number, height in enumerate(heights):
         if not math.isfinite(height) and number not in failed:
             failed[number] = _no_token(raw[number], height)
@@ -121,7 +120,7 @@ def choose(logits_MV: Tensor, rows: Sequence[Row]) -> list[Choice | Glm5Error]:
             for r in (rows[n] for n in members)
         ]
         # Relative to the best, so that a tiny temperature drives the others to -inf, not all to NaN.
-        scaled = (logits[members] - peaks[members]) / torch.tensor(heat).unsqueeze(1)
+        scaled = (logits[members] - peaks[members].unsqueeze(1)) / torch.tensor(heat).unsqueeze(1)
         found = draw(probabilities(scaled, top_k=top_k, top_p=top_p, min_p=min_p), numbers)
         for number, token in zip(members, found, strict=True):
             tokens[number] = token

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from glm5.kernels.cpu.experts import MoeLayer, Told
 from glm5.kernels.cpu.matrix import Matrix, Vector
 from glm5.kernels.cpu.native import ACTIVATIONS, address, fill, inside, library, need, whole
 from glm5.kernels.slots import Slots
+
+IntArray = npt.NDArray[np.int32]
 
 
 class CacheRows(NamedTuple):
@@ -39,6 +43,7 @@ class DecoderLayer:
         self.handle = library.DecoderLayer()
         self.sizes, self.feed = sizes, feed
         self.kept: list[object] = [matrices, feed]
+        self._rows: tuple[CacheRows, dict[str, Any]] | None = None
         for name, value in sizes.items():
             setattr(self.handle, name, value)
         for name, matrix in matrices.items():
@@ -94,6 +99,36 @@ class DecoderLayer:
         if self.feed is not None and self.feed.bank is not None:
             need(self.feed.topk > 0, "the feed-forward half has experts and no router")
 
+    def checked_rows(self, rows: CacheRows) -> dict[str, Any]:
+        """Where a cache lies, by name: (address, bytes of a page). Kept: a cache lives for many passes."""
+        kept = self._rows
+        if kept is None or not all(old is new for old, new in zip(kept[0], rows, strict=True)):
+            kept = self._rows = (rows, self._checked_rows(rows))
+        return kept[1]
+
+    def _checked_rows(self, rows: CacheRows) -> dict[str, Any]:
+        size, latents = self.sizes, rows.latents
+        head, groups = size["nope"] + size["rotary"], size.get("kv_heads", 1)
+        widths = {"latents": groups * head if size["grouped"] else size["latent"] + size["rotary"]}
+        widths |= {"values": groups * size.get("value", 0), "index_keys": size.get("index_width", 0)}
+        need(latents.dtype in ACTIVATIONS, f"the cache is {latents.dtype}, not fp32 or bf16")
+        pages, tokens = latents.shape[:2]
+        found: dict[str, Any] = {"bf16": latents.dtype == torch.bfloat16, "pages": pages, "tokens": tokens}
+        for name, buffer in zip(widths, rows, strict=True):
+            if buffer is None:
+                found[name] = (0, 0)
+                continue
+            like = buffer.dtype == latents.dtype and buffer.shape[:2] == latents.shape[:2]
+            inner = buffer.stride(1) == widths[name] and buffer[0, 0].is_contiguous()
+            need(
+                like and inner and buffer[0, 0].numel() == widths[name] and buffer.device.type == "cpu",
+                f"{name} are not {latents.dtype} [{pages}, {tokens}, {widths[name]}]",
+            )
+            found[name] = (buffer.data_ptr(), buffer.stride(0) * buffer.element_size())
+        need(not size.get("index_heads") or rows.index_keys is not None, "the layer needs index keys")
+        need(not size["grouped"] or rows.values is not None, "the layer needs values")
+        return found
+
 
 def _same_names(given: dict[str, Any], wanted: dict[str, Any], optional: dict[str, Any], what: str) -> None:
     missing = sorted(wanted.keys() - given.keys())
@@ -112,8 +147,8 @@ class Pass:
     """
 
     def __init__(
-        self, x: Tensor, turns: Tensor, *, tables: Tensor, starts: list[int], rows: Tensor, slots: Tensor,
-        limits: Tensor, keys: int, page_tokens: int, causal: bool = True,
+        self, x: Tensor, turns: Tensor, *, tables: IntArray, starts: list[int], rows: IntArray,
+        slots: IntArray, limits: IntArray, keys: int, page_tokens: int, causal: bool = True,
         visible: Tensor | None = None,
     ) -> None:  # fmt: skip
         count, self.hidden = x.numel() // x.shape[-1], x.shape[-1]
@@ -123,42 +158,52 @@ class Pass:
         need(x.numel() < 1 << 31, f"{count} tokens are too many for one pass; give fewer at once")
         need(page_tokens & (page_tokens - 1) == 0, f"pages of {page_tokens} tokens are no power of two")
         self.shape, self.dtype, self.keys, self.count = x.shape, x.dtype, keys, count
+        self.page_tokens = page_tokens
+        self.of: Tensor | None = None  # whose rotations these are
         self.turns = whole(turns.contiguous(), (count, turns.shape[-1]), torch.complex64, "turns")
         self.visible = visible
-        for values, name in ((rows, "rows"), (slots, "slots"), (limits, "limits")):
-            whole(values, (count,), torch.int32, name)
-        inside(rows, 0, len(starts), "rows")
-        inside(limits, 1, keys + 1, "limits")
-        inside(slots, 0, keys, "slots")
-        whole(tables, (tables.numel(),), torch.int32, "tables")
-        bounds = torch.tensor([*starts, tables.numel()])
-        reach = bounds.diff()[rows.long()] * page_tokens
-        need(bool((limits <= reach).all() and (slots < limits).all()), "a token lies behind its pages")
-        self.pages = int(tables.max()) + 1
+        for values, name in ((rows, "rows"), (slots, "slots"), (limits, "limits"), (tables, "tables")):
+            fits = values.dtype == np.int32 and values.ndim == 1 and values.flags.c_contiguous
+            need(fits and (name == "tables" or len(values) == count), f"{name} are not int32 [{count}]")
         if visible is not None:
             wanted = (len(starts) if len(visible) > 1 else 1, keys, keys)
             self.visible = whole(visible.contiguous(), wanted, torch.bool, "visible")
-        self._pointers = tables.data_ptr() + 4 * bounds[:-1]
-        self._kept = (tables, rows, slots, limits)
-        where = fill(library.Pages(), tables=self._pointers)
-        where.shift = page_tokens.bit_length() - 1
-        self._fixed = {
-            "bf16": x.dtype == torch.bfloat16, "count": count, "keys": keys, "causal": causal, "pages": where,
-            "rows": rows.data_ptr(), "at": slots.data_ptr(), "limits": limits.data_ptr(),
-            "turns": self.turns.data_ptr(), "visible": address(self.visible),
-            "visible_at": 0 if self.visible is None or len(self.visible) == 1 else keys * keys,
-        }  # fmt: skip
+        begins = np.array(starts)
+        pointers = tables.ctypes.data + 4 * begins
+        where = library.Pages()
+        where.tables, where.shift = pointers.ctypes.data, page_tokens.bit_length() - 1
+        # One call for all layers; each sets what is its own.
+        self._call = call = library.LayerCall()
+        call.bf16, call.count, call.keys, call.causal = x.dtype == torch.bfloat16, count, keys, causal
+        call.rows, call.at, call.limits = rows.ctypes.data, slots.ctypes.data, limits.ctypes.data
+        call.pages, call.turns, call.visible = where, self.turns.data_ptr(), address(self.visible)
+        call.visible_at = 0 if self.visible is None or len(self.visible) == 1 else keys * keys
+        self._sizes = (begins.ctypes.data, len(starts), len(tables))
+        self._kept = (tables, rows, slots, limits, pointers, begins)
+        self._check()
+
+    def _check(self) -> None:
+        most = library.check_places(self._call, *self._sizes)
+        need(most >= 0, "a token lies behind the pages of its sequence")
+        self.pages = most + 1
+
+    def renew(self, turns: Tensor, keys: int) -> None:
+        """The next pass of the same shape, whose slots and limits were changed where they lie."""
+        self.of = turns
+        self.turns = whole(turns.reshape(self.count, -1), self.turns.shape, torch.complex64, "turns")
+        self.keys = self._call.keys = keys
+        self._call.turns = self.turns.data_ptr()
+        self._check()
 
     @classmethod
     def of_rows(cls, x: Tensor, turns: Tensor, *, causal: bool, visible: Tensor | None) -> Pass:
         """A pass over B sequences that nothing is held of: x [B, T, D], turns [B, T, rotary / 2]."""
         batch, tokens, _ = x.shape
-        rows = torch.arange(batch, dtype=torch.int32)
-        slots = torch.arange(tokens, dtype=torch.int32)
-        limits = slots + 1 if causal else torch.full_like(slots, tokens)
+        tables, slots = np.arange(batch, dtype=np.int32), np.arange(tokens, dtype=np.int32)
+        limits = slots + np.int32(1) if causal else np.full_like(slots, tokens)
         return cls(
-            x, turns.reshape(batch * tokens, -1), tables=rows, starts=list(range(batch)),
-            rows=rows.repeat_interleave(tokens), slots=slots.repeat(batch), limits=limits.repeat(batch),
+            x, turns.reshape(batch * tokens, -1), tables=tables, starts=list(range(batch)),
+            rows=tables.repeat(tokens), slots=np.tile(slots, batch), limits=np.tile(limits, batch),
             keys=tokens, page_tokens=1 << 30, causal=causal, visible=visible,
         )  # fmt: skip
 
@@ -177,31 +222,28 @@ class Pass:
         need(2 * self.turns.shape[-1] == size["rotary"], "turns are of another width")
         x = x.contiguous()
         out = torch.empty(x.shape, dtype=torch.float32 if layer.feed is None else x.dtype)
-        call = library.LayerCall()
-        for name, value in self._fixed.items():
-            setattr(call, name, value)
+        call, count = self._call, self.count
         call.x, call.out, call.exact = x.data_ptr(), out.data_ptr(), exact
-        self._set_cache(call, layer, rows)
-        count = self.count
+        self._set_cache(layer, rows)
+        call.slots = call.counts = call.room = 0
         if slots is not None:
             assert slots.slots is not None
             whole(slots.counts, (count,), torch.int32, "counts")
             room = slots.slots.shape[1]
             inside(whole(slots.slots, (count, room), torch.int32, "slots"), 0, self.keys, "slots")
             inside(slots.counts, 0, room + 1, "counts")
-            fill(call, slots=slots.slots, counts=slots.counts, room=slots.slots.shape[1])
+            fill(call, slots=slots.slots, counts=slots.counts, room=room)
+        call.chosen_slots = call.chosen_counts = 0
         if chosen is not None:
             assert chosen.slots is not None
             whole(chosen.slots, (count, size["topk"]), torch.int32, "chosen slots")
-            fill(
-                call,
-                chosen_slots=chosen.slots,
-                chosen_counts=whole(chosen.counts, (count,), torch.int32, "counts"),
-            )
+            whole(chosen.counts, (count,), torch.int32, "counts")
+            fill(call, chosen_slots=chosen.slots, chosen_counts=chosen.counts)
         else:
             need(
                 not size.get("index_heads") or self.keys <= size["topk"], "the layer chooses slots: give room"
             )
+        call.expert_ids = call.expert_weights = call.expert_scores = 0
         if told is not None:
             assert layer.feed is not None
             told.check(count, layer.feed.topk, layer.feed.num_experts)
@@ -209,26 +251,13 @@ class Pass:
         library.decode_layer(layer.handle, call)
         return out
 
-    def _set_cache(self, call: Any, layer: DecoderLayer, rows: CacheRows) -> None:
-        size, latents = layer.sizes, rows.latents
-        head, groups = size["nope"] + size["rotary"], size.get("kv_heads", 1)
-        widths = {"latents": groups * head if size["grouped"] else size["latent"] + size["rotary"]}
-        widths |= {"values": groups * size["value"], "index": size.get("index_width", 0)}
-        need(latents.dtype in ACTIVATIONS, f"the cache is {latents.dtype}, not fp32 or bf16")
-        call.cache_bf16, item = latents.dtype == torch.bfloat16, latents.element_size()
-        tokens = latents.shape[1]
-        for name, buffer in zip(("latents", "values", "index"), rows, strict=True):
-            if buffer is None:
-                continue
-            fits = buffer.shape[0] >= self.pages and buffer.shape[1] == tokens
-            need(fits and buffer.dtype == latents.dtype, f"the {name} have too few or other pages")
-            inner = buffer.stride(1) == widths[name] and buffer[0, 0].is_contiguous()
-            need(
-                inner and buffer[0, 0].numel() == widths[name] and buffer.device.type == "cpu",
-                f"{name} are not [pages, tokens, {widths[name]}]",
-            )
-            setattr(call, "index_keys" if name == "index" else name, buffer.data_ptr())
-            setattr(call, f"{name}_page_bytes", buffer.stride(0) * item)
-        need(tokens >= min(self.keys, 1 << call.pages.shift), "a page has too few tokens")
-        need(not size.get("index_heads") or rows.index_keys is not None, "the layer needs index keys")
-        need(not size["grouped"] or rows.values is not None, "the layer needs values")
+    def _set_cache(self, layer: DecoderLayer, rows: CacheRows) -> None:
+        found = layer.checked_rows(rows)
+        need(found["pages"] >= self.pages, "the cache has too few pages")
+        need(found["tokens"] >= min(self.keys, self.page_tokens), "a page has too few tokens")
+        call = self._call
+        call.cache_bf16 = found["bf16"]
+        for name in ("latents", "values", "index_keys"):
+            setattr(call, name, found[name][0])
+        call.latents_page_bytes, call.values_page_bytes = found["latents"][1], found["values"][1]
+        call.index_page_bytes = found["index_keys"][1]

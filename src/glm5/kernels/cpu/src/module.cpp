@@ -193,6 +193,25 @@ void bind_functions(nb::module_& m) {
     nb::gil_scoped_release release;
     table().select(call);
   });
+  // Does every token of a call lie in a page of its sequence, of which there are `pages` in the cache? The largest
+  // page number of the tables, or -1.
+  m.def("check_places", [](const LayerCall& call, uintptr_t starts, int sequences, int entries) {
+    const auto* first = at<const int64_t>(starts);
+    const int32_t* table = sequences > 0 ? call.pages.tables[0] - first[0] : nullptr;
+    for (int t = 0; t < call.count; t++) {
+      const int row = call.rows[t];
+      if (row < 0 || row >= sequences) return -1;
+      const int64_t size = (row + 1 < sequences ? first[row + 1] : entries) - first[row];
+      const int64_t reach = std::min<int64_t>(size << call.pages.shift, call.keys);
+      if (call.at[t] < 0 || call.at[t] >= call.limits[t] || call.limits[t] > reach) return -1;
+    }
+    int most = 0;
+    for (int i = 0; i < entries; i++) {
+      if (table[i] < 0) return -1;
+      most = std::max(most, table[i]);
+    }
+    return most;
+  });
   m.def("decode_layer", [](const DecoderLayer& layer, const LayerCall& call) {
     nb::gil_scoped_release release;
     table().decode_layer(layer, call);
