@@ -61,7 +61,8 @@ def chat(
     device: Device = "auto",
 ) -> None:
     """Talk to a model. From a pipe: one line in, one answer out."""
-    from glm5.cli.chat import ChatSession, run_piped, run_terminal
+    from glm5.cli.chat import run_piped, run_terminal
+    from glm5.cli.conversation import ChatSession
 
     params = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     loaded = _load(model, dtype, device)

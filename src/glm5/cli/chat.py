@@ -1,105 +1,29 @@
-"""A conversation with a model, on a terminal or through a pipe."""
+"""A chat on a terminal or through a pipe."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 from glm5.cli import streams
+from glm5.cli.commands import EXIT_WORDS, is_command, run_command
+from glm5.cli.conversation import ChatSession
 from glm5.cli.streams import printable, shown
-from glm5.errors import Glm5Error, TemplateError
-from glm5.runtime.language_model import LanguageModel
-from glm5.runtime.request import Result
-from glm5.text.chat.reasoning import ReasoningSplit, begins_inside
+from glm5.errors import Glm5Error
 
-EXIT_WORDS = ("/exit", "/quit")
 _FORGOTTEN = "the conversation outgrew the model: its oldest turns are forgotten"
-_HELP = "/exit ends, /reset forgets the conversation, Ctrl-C stops an answer"
-
-
-class ChatSession:
-    """Holds the messages; `answer` streams the reply to one more user message."""
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        *,
-        system: str | None = None,
-        enable_thinking: bool | None = None,
-        **params: Any,
-    ) -> None:
-        self.model = model
-        self.params = params
-        defaults = model.chat_defaults
-        self.enable_thinking = defaults.enable_thinking if enable_thinking is None else enable_thinking
-        self.remembers = defaults.remembers_turns
-        self._system = [{"role": "system", "content": system}] if system else []
-        self._turns: list[dict[str, str]] = []
-        self.last: Result | None = None
-        self.forgotten = 0
-
-    def reset(self) -> None:
-        self._turns = []
-
-    def answer(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Yield (piece, is_reasoning). The turn is remembered once it is complete or stopped.
-
-        Where a conversation outgrows the model, the oldest turns are forgotten (`forgotten` counts them).
-        Raises RequestError at once when the message does not fit by itself.
-        """
-        asked = {"role": "user", "content": text}
-        ids = self._fit(asked)
-        pieces: list[str] = []
-        failed = False
-        tokenizer = self.model.tokenizer
-        split = ReasoningSplit(begins_inside(ids, tokenizer.control_ids if tokenizer else {}))
-        stream = self.model.stream(
-            [*self._system, *self._turns, asked],
-            enable_thinking=self.enable_thinking,
-            on_finish=self._finished,
-            **self.params,
-        )
-        try:
-            for piece, is_reasoning in split.parts(stream):
-                if not is_reasoning:
-                    pieces.append(piece)
-                yield piece, is_reasoning
-        except Glm5Error:
-            failed = True
-            raise
-        finally:
-            if self.remembers and not failed:
-                self._turns += [asked, {"role": "assistant", "content": "".join(pieces)}]
-
-    def _fit(self, asked: dict[str, str]) -> list[int]:
-        """The ids of the prompt, after the oldest turns were forgotten where it leaves no room to answer."""
-        limit = self.model.config.max_position_embeddings
-        room = min(int(self.params.get("max_new_tokens", 0)), limit // 4)
-        ids: list[int] = []
-        for first in range(0, len(self._turns) + 1, 2):
-            messages = [*self._system, *self._turns[first:], asked]
-            alone = first == len(self._turns)
-            try:
-                ids = self.model.prompt_ids(messages, enable_thinking=self.enable_thinking)
-            except TemplateError:  # an answer may spell what an unknown template must not hold
-                if alone:
-                    raise
-                continue
-            if len(ids) + room <= limit or (alone and len(ids) < limit):
-                self._turns, self.forgotten = self._turns[first:], self.forgotten + first // 2
-                break
-        return ids  # if nothing helped, the model says how long the whole is
-
-    def _finished(self, completion: Result) -> None:
-        self.last = completion
+_CUT = "the reasoning was cut at --max-new-tokens, before the answer"
+_BLOCK = '"""'
+_REASONING_LINES = 3  # of a running thought that are shown
 
 
 def run_piped(session: ChatSession, source: TextIO, out: TextIO, notes: TextIO) -> bool:
     """One line in, one answer out; ends at /exit or the end of input. Reasoning is not printed.
 
-    A line that cannot be answered gets an empty one, and a line on `notes`. Returns whether all were
-    answered.
+    A line that cannot be answered gets an empty one, and a line on `notes`; so does a command. Returns
+    whether all were answered.
     """
     answered_all = True
     for line in source:
@@ -108,8 +32,12 @@ def run_piped(session: ChatSession, source: TextIO, out: TextIO, notes: TextIO) 
             break
         if not text:
             continue
-        if text == "/reset":
-            session.reset()
+        if is_command(text):
+            said = run_command(session, text)
+            if said is None:
+                break
+            answered_all &= not said.startswith("error: ")
+            notes.write(f"{said}\n")
             continue
         before, silent = session.forgotten, True
         try:
@@ -123,7 +51,7 @@ def run_piped(session: ChatSession, source: TextIO, out: TextIO, notes: TextIO) 
             notes.write(f"error: {error}\n")
         else:
             if silent and session.last is not None and session.last.finish_reason == "length":
-                notes.write("the reasoning was cut at --max-new-tokens, before the answer\n")
+                notes.write(f"{_CUT}\n")
         if session.forgotten > before:
             notes.write(f"{_FORGOTTEN}\n")
         out.write("\n")
@@ -132,62 +60,175 @@ def run_piped(session: ChatSession, source: TextIO, out: TextIO, notes: TextIO) 
 
 
 def run_terminal(session: ChatSession, name: str) -> None:
-    """The interactive loop; an answer's reasoning is dim, its speed stands below it."""
-    import readline  # noqa: F401  # gives input() history and editing
-
-    from rich.markup import escape
-
+    """The interactive loop: history, editing of several lines, commands, a status line."""
     console = streams.console()
-    console.print(f"Talking to [bold]{escape(name)}[/]. {_HELP}.")
-    if not session.remembers:
-        console.print("[dim]This model takes each message alone; it does not remember earlier ones.[/]")
-    leaving = False
+    _greet(console, session, name)
+    ask = _asker(session)
     while True:
         try:
-            text = input("\n> ").strip()
+            text = ask().strip()
         except EOFError:
-            console.print()
             return
         except KeyboardInterrupt:
-            if leaving:
-                console.print()
-                return
-            leaving = True
-            console.print("\nCtrl-C once more, or /exit, ends the conversation")
+            console.print("Ctrl-D or /exit ends the conversation", style="dim")
             continue
-        leaving = False
-        if text in EXIT_WORDS:
-            return
-        if text == "/reset":
-            session.reset()
-        elif text in ("/help", "/?"):
-            console.print(_HELP)
-        elif text.startswith("/") and " " not in text and text.isascii():
-            console.print(f"{text} is no command. {_HELP}.", markup=False)
-        elif text:
-            _answer_on(console, session, text)
+        if text.startswith(_BLOCK):
+            text = text.removeprefix(_BLOCK).removesuffix(_BLOCK).strip()
+        if not text:
+            continue
+        if is_command(text):
+            said = run_command(session, text)
+            if said is None:
+                return
+            console.print(printable(said), markup=False, style="dim")
+        else:
+            answer_on(console, session, text)
 
 
-def _answer_on(console: Any, session: ChatSession, text: str) -> None:
+def _greet(console: Any, session: ChatSession, name: str) -> None:
+    from rich.markup import escape
+
+    config = session.model.config
+    about = f"{config.model_type}, {config.max_position_embeddings:,} tokens of context"
+    console.print(f"Talking to [bold]{escape(printable(name))}[/] [dim]({about})[/]", soft_wrap=True)
+    console.print("[dim]/help lists the commands, Ctrl-C stops an answer, /exit ends.[/]")
+    if not session.remembers:
+        console.print("[dim]This model takes each message alone; it does not remember earlier ones.[/]")
+
+
+def _asker(session: ChatSession) -> Any:
+    """Reads a message. Enter sends; after a backslash, in an open \"\"\" or with Alt it begins a new line."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import get_app
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.key_binding import KeyBindings
+
+    from glm5.cli.commands import NAMES
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: Any) -> None:
+        buffer = event.current_buffer
+        text = buffer.document.text
+        open_block = text.lstrip().startswith(_BLOCK) and not text.rstrip().endswith(_BLOCK)
+        if text.lstrip() == _BLOCK or (open_block and text.strip() != _BLOCK):
+            buffer.insert_text("\n")
+        elif text.endswith("\\") and buffer.document.is_cursor_at_the_end:
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("c-c")
+    def _(event: Any) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            get_app().exit(exception=KeyboardInterrupt)
+
+    prompt: PromptSession[str] = PromptSession(
+        history=_history(), key_bindings=keys, multiline=True, prompt_continuation="  ",
+        completer=WordCompleter(sorted(set(NAMES)), sentence=True), complete_while_typing=False,
+        bottom_toolbar=lambda: status_line(session), enable_open_in_editor=True, reserve_space_for_menu=0,
+    )  # fmt: skip
+    return lambda: prompt.prompt("> ")
+
+
+def _history() -> Any:
+    """Earlier messages, in the user's state folder; in memory where that cannot be written."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    path = Path(state).expanduser() / "glm5" / "chat_history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(path))
+
+
+def status_line(session: ChatSession) -> str:
+    """What stands below the prompt: context used, speed of the last answer, settings."""
+    limit = session.model.config.max_position_embeddings
+    parts = [f"context {session.context_tokens:,} of {limit:,}"]
+    if session.last is not None:
+        statistics = session.last.statistics
+        parts.append(f"{statistics.tokens_per_second:.0f} tokens/s")
+        if statistics.drafted:
+            parts.append(f"guesses {statistics.accepted} of {statistics.drafted} right")
+    temperature = session.params.get("temperature", session.model.defaults.temperature)
+    parts.append(f"temperature {temperature:g}")
+    parts.append(f"thinking {'on' if session.enable_thinking else 'off'}")
+    return " " + " | ".join(parts)
+
+
+def answer_on(console: Any, session: ChatSession, text: str) -> None:
+    """Print an answer as it comes. Its reasoning is dim, and folds into a line when the answer begins."""
     started = time.monotonic()
-    first: float | None = None
-    session.last, session.forgotten = None, 0
+    session.forgotten = 0
+    thought, silent = _Thought(console), True
     try:
         for piece, is_reasoning in session.answer(text):
-            first = first if first is not None else time.monotonic()
-            style = "dim" if is_reasoning else None
-            console.print(printable(piece), end="", markup=False, style=style, soft_wrap=True)
+            if is_reasoning:
+                thought.add(piece)
+            else:
+                thought.fold()
+                silent = False
+                console.print(printable(piece), end="", markup=False, soft_wrap=True)
+        thought.fold()
     except KeyboardInterrupt:
-        console.print("\n[dim]stopped[/]")
+        thought.fold()
+        console.print("\n[dim]stopped; what was said is kept[/]")
         return
     except Glm5Error as error:
-        console.print(f"error: {error}", markup=False)
+        thought.fold()
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
         return
-    console.print()
-    if session.last is not None and first is not None:
-        tokens, seconds = len(session.last.ids), time.monotonic() - first
-        rate = f", {(tokens - 1) / seconds:.0f} tokens/s" if tokens > 1 and seconds > 0 else ""
+    console.print("[dim](no answer)[/]" if silent else "")
+    if session.last is not None:
+        statistics, count = session.last.statistics, len(session.last.ids)
+        first = f"first after {statistics.time_to_first_token:.2f} s"
+        rate = f", {statistics.tokens_per_second:.0f} tokens/s" if count > 1 else ""
         cut = " (cut at --max-new-tokens)" if session.last.finish_reason == "length" else ""
-        console.print(f"[dim]{tokens} tokens, first after {first - started:.2f} s{rate}{cut}[/]")
+        console.print(f"[dim]{count} tokens, {first}{rate}, {time.monotonic() - started:.1f} s{cut}[/]")
     if session.forgotten:
         console.print(f"[dim]{_FORGOTTEN}[/]")
+
+
+class _Thought:
+    """Reasoning as it runs: its last lines, dim, in a place that is cleared when the answer begins."""
+
+    def __init__(self, console: Any) -> None:
+        self._console, self._text = console, ""
+        self._live: Any = None
+        self._started = time.monotonic()
+
+    def add(self, piece: str) -> None:
+        from rich.live import Live
+        from rich.text import Text
+
+        self._text += printable(piece)
+        if not self._console.is_terminal or self._console.is_dumb_terminal:
+            return
+        if self._live is None:
+            self._live = Live(console=self._console, transient=True, refresh_per_second=8)
+            self._live.start()
+        lines = self._text.strip().splitlines()[-_REASONING_LINES:]
+        width = max(20, self._console.width - 1)
+        self._live.update(Text("\n".join(line[-width:] for line in lines), style="dim"))
+
+    def fold(self) -> None:
+        """Leave one line of it; again and again is once."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if self._text.strip():
+            words, seconds = len(self._text.split()), time.monotonic() - self._started
+            self._console.print(f"[dim]thought for {seconds:.1f} s, {words} words; /reasoning shows them[/]")
+        self._text = ""

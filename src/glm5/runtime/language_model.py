@@ -235,14 +235,35 @@ class LanguageModel(GlmForCausalLM):
             RequestError, TemplateError: at once, before the first piece.
         """
         ids = self.prompt_ids(prompt, enable_thinking=enable_thinking)
+        is_text = isinstance(prompt, str) and not isinstance(prompt, RenderedChat)
+        start = self.stream_ids if is_text else self.stream_chat
+        return start(
+            ids, use_mtp=use_mtp, num_draft_tokens=num_draft_tokens, priority=priority, on_finish=on_finish,
+            **params,
+        )  # fmt: skip
+
+    def stream_chat(self, ids: Sequence[int], **options: Any) -> Iterator[str]:
+        """`stream` of a rendered conversation, which ends where the next turn would begin."""
+        ends = options.pop("stop_token_ids", ())
+        if not options.get("ignore_eos"):
+            ends = (*ends, *self._require_tokenizer().eos_token_ids)
+        return self.stream_ids(ids, stop_token_ids=ends, **options)
+
+    def stream_ids(
+        self,
+        ids: Sequence[int],
+        *,
+        use_mtp: bool | None = None,
+        num_draft_tokens: int | None = None,
+        priority: int = 0,
+        on_finish: Callable[[Result], None] | None = None,
+        **params: Any,
+    ) -> Iterator[str]:
+        """`stream` of a prompt whose ids are known."""
         wanted = self.defaults.with_changes(**params)
-        if not wanted.ignore_eos and (isinstance(prompt, RenderedChat) or not isinstance(prompt, str)):
-            # A turn ends where the next one would begin, whatever the files name as end tokens.
-            ends = (*wanted.stop_token_ids, *self._require_tokenizer().eos_token_ids)
-            wanted = wanted.with_changes(stop_token_ids=ends)
         drafts = self._draft_tokens(use_mtp, num_draft_tokens)
-        request = self.engine.submit(ids, wanted, num_draft_tokens=drafts, priority=priority)
         text = TextStream(self._require_tokenizer(), wanted.stop)
+        request = self.engine.submit(ids, wanted, num_draft_tokens=drafts, priority=priority)
         return _stream(request, self.engine.outputs(request), text, on_finish)
 
     def complete(self, prompt: Prompt, **options: Any) -> Result:

@@ -167,10 +167,12 @@ def _nucleus(probabilities_MV: Tensor, top_p: float) -> Tensor:
     size = probabilities_MV.shape[-1]
     ordered = probabilities_MV.topk(min(_NUCLEUS, size), dim=-1).values
     sums = ordered.double().cumsum(dim=-1)
-    if bool((sums[:, -1] < top_p).any()) and ordered.shape[-1] < size:
+    # Of the sum as it is: fp32 probabilities add up to almost one.
+    wanted = top_p * probabilities_MV.double().sum(dim=-1, keepdim=True)
+    if bool((sums[:, -1:] < wanted).any()) and ordered.shape[-1] < size:
         ordered = probabilities_MV.sort(dim=-1, descending=True).values
         sums = ordered.double().cumsum(dim=-1)
-    needed = (sums < top_p).sum(dim=-1, keepdim=True).clamp(max=ordered.shape[-1] - 1)  # of them, less one
+    needed = (sums < wanted).sum(dim=-1, keepdim=True).clamp(max=ordered.shape[-1] - 1)  # of them, less one
     least = ordered.gather(1, needed)
     above = probabilities_MV > least
     level = probabilities_MV == least
