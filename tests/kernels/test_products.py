@@ -107,14 +107,18 @@ def test_integer_products_are_the_reference_on_every_instruction_set(
         assert_same_bits(out, wanted, name)
 
 
-@quick
-@given(st.integers(1, 9), st.integers(1, 5), activation_dtypes, seeds)
-def test_two_short_rows_at_a_time_are_the_reference(
-    rows: int, tokens: int, dtype: torch.dtype, seed: int
-) -> None:
-    made = random_integers(rows, 512, 4, 64, seed)
-    x = activations(tokens, 512, seed, dtype)
-    wanted = reference.integer_linear(x, made.codes, made.block_scales(64), 64, 4)
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(1, 5), st.sampled_from([32, 64, 128, 256, 512]), st.integers(0, 4),
+    st.sampled_from([4, 8]), st.sampled_from(SCALE_DTYPES), activation_dtypes, seeds,
+)  # fmt: skip
+def test_several_narrow_rows_at_a_time_are_the_reference(
+    rows: int, tokens: int, columns: int, halvings: int, bits: int, scales: torch.dtype, dtype: torch.dtype,
+    seed: int,
+) -> None:  # fmt: skip
+    made = random_integers(rows, columns, bits, max(32, columns >> halvings), seed, scales)
+    x, block = activations(tokens, columns, seed, dtype), made.matrix.block
+    wanted = reference.integer_linear(x, made.codes, made.block_scales(block), block, bits)
     for name, out in on_each(
         INSTRUCTION_SETS, lambda: cpu.linear(x, made.matrix, dtype=torch.float32)
     ).items():

@@ -135,40 +135,112 @@ void few_rows(const Matrix& m, int r0, int r1, const QuantizedRows& x, const int
   }
 }
 
-// The same for 4-bit rows of kShort columns, two in 512 bytes: those of W_UV.
-constexpr int kShort = 512;
-inline bool are_short(const Matrix& m) { return m.codes == Codes::int4 && m.cols == kShort && m.group == 64; }
+// ---- rows of a few whole blocks: 512 bytes hold several of them
 
-template <int T>
-void short_rows(const Matrix& m, int r0, int r1, const QuantizedRows& x, const int* picks, float* out,
-                size_t ldo) {
-  constexpr int kBlocks = kShort / 64;
-  alignas(64) float act_scales[T][16];
-  alignas(64) int32_t offsets[T][16];
-  const int8_t* acts[T];
-  each<T>([&](auto t) GLM5_INLINE {
-    acts[t] = x.row(picks[t]);
+constexpr int kNarrowBytes = 256;  // of a row, at most
+
+inline bool are_narrow(const Matrix& m, int block) {
+  const int bytes = static_cast<int>(m.row_bytes()), group = std::min(m.group, m.cols);
+  return bytes <= kNarrowBytes && 512 % bytes == 0 && m.cols <= 16 * block && m.cols % group == 0;
+}
+
+// Scales of 16 blocks of narrow rows, the first of them block `first` of the matrix; `left` blocks are there.
+inline F32x16 narrow_scales(const Matrix& m, size_t first, int left, int repeat) {
+  const int blocks = std::clamp(left, 1, 16);
+  if (repeat == 1) return load_scales(m, first, blocks);
+  const size_t begin = first / static_cast<size_t>(repeat);
+  float some[16], each_block[16] = {};
+  store16(some, load_scales(m, begin, (blocks + repeat - 1) / repeat));
+  for (int i = 0; i < blocks; i++) each_block[i] = some[i / repeat];
+  return load16(each_block);
+}
+
+// The sum of `count` partial sums (a power of two), as sum16 adds them when the others are 0.
+inline float sum_some(const float* v, int count) {
+  switch (count) {
+    case 1: return v[0];
+    case 2: return v[0] + v[1];
+    case 4: return (v[0] + v[2]) + (v[1] + v[3]);
+    case 8: return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+    default: return sum16(load16(v));
+  }
+}
+
+// An activation row in the form that meets 512 bytes of narrow weight rows: repeated, as often as they are.
+template <Codes C>
+struct NarrowRow {
+  static constexpr int kChunk = C == Codes::int4 ? 128 : 64;  // columns in 64 bytes of weights
+  alignas(64) int8_t codes[4 * kChunk];
+  alignas(64) float scales[16];
+  alignas(64) int32_t offsets[16];
+  int chunks;  // after which the codes repeat; a power of two
+
+  void take(const QuantizedRows& x, int row) {
+    const int blocks = x.blocks();
+    chunks = std::max(1, x.cols / kChunk);
+    if (x.cols >= kChunk) {
+      std::memcpy(codes, x.row(row), static_cast<size_t>(x.cols));
+    } else {  // of int4 the even columns, and 64 bytes further the odd ones
+      const size_t part = static_cast<size_t>(C == Codes::int4 ? x.cols / 2 : x.cols);
+      for (size_t half = 0; half < kChunk; half += 64)
+        for (size_t at = 0; at < 64; at += part) std::memcpy(codes + half + at, x.row(row) + half, part);
+    }
     for (int i = 0; i < 16; i++)
-      act_scales[t][i] = x.scale(picks[t])[i % kBlocks], offsets[t][i] = x.offset(picks[t])[i % kBlocks];
-  });
-  for (int row = r0; row < r1; row += 2) {
-    const uint8_t* from = m.data + static_cast<size_t>(row) * (kShort / 2);
-    const bool both = row + 1 < r1;
+      scales[i] = x.scale(row)[i % blocks], offsets[i] = x.offset(row)[i % blocks];
+  }
+};
+
+// Lanes run along the blocks of all rows in the 512 bytes; each block's term is the one of few_rows.
+template <Codes C, int Block, int T>
+void narrow_rows(const Matrix& m, int r0, int r1, const QuantizedRows& x, const int* picks, float* out,
+                 size_t ldo) {
+  constexpr int kChunk = NarrowRow<C>::kChunk, kBlocks = kChunk / Block;
+  constexpr int kVectors = (8 * kBlocks + 15) / 16;  // of 16 blocks
+  const size_t row_bytes = m.row_bytes();
+  const int repeat = std::min(m.group, m.cols) / Block;
+  const int blocks = m.cols / Block, together = 512 / static_cast<int>(row_bytes);
+  NarrowRow<C> acts[T];
+  each<T>([&](auto t) GLM5_INLINE { acts[t].take(x, picks[t]); });
+  for (int row = r0; row < r1; row += together) {
+    const uint8_t* from = m.data + static_cast<size_t>(row) * row_bytes;
+    const int rows = std::min(together, r1 - row), bytes = rows * static_cast<int>(row_bytes);
     I32x16 acc[T][8];
     each<8>([&](auto c) GLM5_INLINE {
       fetch_near(from + kNear + 64 * c), fetch_far(from + kFar + 64 * c);
-      const Bytes64 w = load64(from + 64 * (both ? c : c % 4));
+      const Bytes64 w = bytes >= 64 * (c + 1) ? load64(from + 64 * c)
+                                              : load64(from + 64 * c, std::max(0, bytes - 64 * c));
       each<T>([&](auto t) GLM5_INLINE {
-        const Run16 run = start_run(low_nibbles(w), load64(acts[t] + 128 * (c % 4)));
-        acc[t][c] = end_run(go_on(run, high_nibbles(w), load64(acts[t] + 128 * (c % 4) + 64)));
+        const int8_t* codes = acts[t].codes + kChunk * (c & (acts[t].chunks - 1));
+        if constexpr (C == Codes::int4) {
+          const Run16 run = start_run(low_nibbles(w), load64(codes));
+          acc[t][c] = end_run(go_on(run, high_nibbles(w), load64(codes + 64)));
+        } else {
+          acc[t][c] = dot_bytes(zero_int16(), w, load64(codes));
+        }
       });
     });
-    const F32x16 scales = load_scales(m, static_cast<size_t>(row) * kBlocks, both ? 16 : kBlocks);
+    F32x16 scales[kVectors];
+    each<kVectors>([&](auto v) GLM5_INLINE {
+      const int left = rows * blocks - 16 * v;
+      scales[v] = narrow_scales(m, static_cast<size_t>(row) * blocks + (left > 0 ? 16 * v : 0), left, repeat);
+    });
     each<T>([&](auto t) GLM5_INLINE {
-      const F32x16 exact = to_float(add16(sum_halves(acc[t]), load_int16(offsets[t])));
-      const F32x16 sums = zero16() + exact * (scales * load16(act_scales[t]));
-      float other, *to = out + static_cast<size_t>(t) * ldo + static_cast<size_t>(row - r0);
-      sum_each_half(sums, to[0], both ? to[1] : other);
+      I32x16 sums[2];
+      if constexpr (kBlocks == 2) {
+        sums[0] = sum_halves(acc[t]);
+      } else {
+        I32x8 q[4];
+        sum_quarters(acc[t], q);
+        if constexpr (kBlocks == 4) interleave4(q, sums);
+        else sums[0] = widen8(add8(add8(q[0], q[1]), add8(q[2], q[3])));
+      }
+      float* to = out + static_cast<size_t>(t) * ldo + static_cast<size_t>(row - r0);
+      alignas(64) float terms[32];
+      each<kVectors>([&](auto v) GLM5_INLINE {
+        const F32x16 exact = to_float(add16(sums[v], load_int16(acts[t].offsets)));
+        store16(terms + 16 * v, zero16() + exact * (scales[v] * load16(acts[t].scales)));
+      });
+      for (int i = 0; i < rows; i++) to[i] = sum_some(terms + i * blocks, blocks);
     });
   }
 }

@@ -17,12 +17,10 @@ template <Codes C, int Block>
 void integer_product_of(const Matrix& m, int r0, int r1, const QuantizedRows& x, const int* picks, int count,
                         float* out, size_t ldo, const uint8_t* after) {
   if (count >= kManyRows) return many_rows<C, Block>(m, r0, r1, x, picks, count, out, ldo, after);
-  if constexpr (C == Codes::int4 && Block == 64) {
-    if (are_short(m)) {
-      if (count == 3) return short_rows<3>(m, r0, r1, x, picks, out, ldo);
-      if (count == 2) return short_rows<2>(m, r0, r1, x, picks, out, ldo);
-      return short_rows<1>(m, r0, r1, x, picks, out, ldo);
-    }
+  if (are_narrow(m, Block)) {
+    if (count == 3) return narrow_rows<C, Block, 3>(m, r0, r1, x, picks, out, ldo);
+    if (count == 2) return narrow_rows<C, Block, 2>(m, r0, r1, x, picks, out, ldo);
+    return narrow_rows<C, Block, 1>(m, r0, r1, x, picks, out, ldo);
   }
   if (count == 3) return few_rows<C, Block, 3>(m, r0, r1, x, picks, out, ldo, after);
   if (count == 2) return few_rows<C, Block, 2>(m, r0, r1, x, picks, out, ldo, after);
