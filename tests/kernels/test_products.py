@@ -465,3 +465,22 @@ def test_rows_are_normalized_as_the_module_does(
         assert out.dtype == dtype
         torch.testing.assert_close(out.float(), wanted, rtol=unit, atol=1e-30, msg=name)
     assert_same_bits(alone, found[INSTRUCTION_SETS[0]])
+
+
+# --- an embedding -----------------------------------------------------------------------------------
+
+
+@quick
+@given(integer_matrices(), st.lists(st.integers(0, 10**6), max_size=40), activation_dtypes)
+def test_rows_are_taken_as_they_unpack(made: Integers, numbers: list[int], dtype: torch.dtype) -> None:
+    ids = torch.tensor(numbers, dtype=torch.int64) % made.codes.shape[0]
+    wanted = made.weight.float()[ids].to(dtype)
+    for name, out in on_each(INSTRUCTION_SETS, lambda: cpu.take_rows(ids, made.matrix, dtype)).items():
+        assert torch.equal(out, wanted), name
+
+
+@pytest.mark.parametrize("bad", [-1, 5, 2**40])
+def test_a_row_that_is_none_is_refused(bad: int) -> None:
+    made = random_integers(5, 64, 4, 32, 0)
+    with pytest.raises(IndexError, match=f"row {bad} of 5"):
+        cpu.take_rows(torch.tensor([0, bad]), made.matrix, torch.float32)

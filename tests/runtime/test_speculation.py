@@ -172,12 +172,12 @@ def test_guesses_are_made_where_they_pay(row: float, pays: bool) -> None:
     assert (steps < 100) if pays else (drafted <= 0.05 * 200), (steps, drafted)
 
 
-def test_costs_are_medians_and_guessed_until_known() -> None:
+def test_costs_are_the_least_of_late_and_guessed_until_known() -> None:
     costs = Costs()
     assert costs.step(1, 2) > costs.step(1, 0)
     for seconds in (1.0, 1.1, 50.0):
         costs.note("step", 1, 2, seconds)
-    assert costs.step(1, 2) == 1.1
+    assert costs.step(1, 2) == 1.0
     rate = Rate(0.5)
     for _ in range(60):
         rate.note(1, 0)

@@ -17,7 +17,7 @@ from glm5.formats.packed import PROJECTIONS, Packed, Scheme
 from glm5.formats.packing import dequantize, words_per_row
 from glm5.kernels import cpu, cuda
 from glm5.kernels.memory import empty_weights
-from glm5.layers.movable import Movable, runs_natively
+from glm5.layers.movable import NATIVE, Movable, runs_natively
 
 
 class PackedLinear(Movable):
@@ -89,6 +89,8 @@ class PackedEmbedding(PackedLinear):
         self.like = torch.empty(0, dtype=like.dtype, device=like.device)
 
     def forward(self, ids: Tensor) -> Tensor:
+        if self.words.device.type == "cpu" and self.like.dtype in NATIVE:
+            return cpu.take_rows(ids, self.matrix, self.like.dtype)
         words, scales = self.words[ids.flatten()], self.scales[ids.flatten()]
         rows = dequantize(words, scales, self.scheme.bits, self.in_features)
         return rows.view(*ids.shape, self.in_features).to(self.like.dtype)

@@ -95,6 +95,7 @@ class GlmForCausalLM(nn.Module):
         document_ids: int64 [B, T], equal within one packed document.
         probe: told what passes through the layers.
         """
+        _check_ids(input_ids, self.config.vocab_size)
         if cache is None:
             positions = token_positions(input_ids, attention_mask, position_ids, prefix_lengths, document_ids)
             hidden = self.model(input_ids, self.step(positions, probe))
@@ -157,6 +158,18 @@ class GlmForCausalLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.model.norm.weight.dtype
+
+
+def _check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Raises RequestError; on a GPU the look-up itself would fail, where values are not waited for."""
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise RequestError("input_ids must be a tensor [batch, tokens] of integers; use return_tensors='pt'")
+    if input_ids.device.type != "cpu" or not input_ids.numel() or torch.compiler.is_compiling():
+        return
+    least, most = (int(value) for value in input_ids.aminmax())
+    if least < 0 or most >= vocab_size:
+        wrong = least if least < 0 else most
+        raise RequestError(f"input_ids has token id {wrong}; the vocabulary ends at {vocab_size - 1}")
 
 
 def token_positions(

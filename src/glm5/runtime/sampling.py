@@ -48,6 +48,8 @@ class Sampler:
         self.changes_logits = (
             self.has_history or bool(params.logit_bias) or params.allowed_tokens_fn is not None
         )
+        # The likeliest token is all that is asked for.
+        self.is_plain = params.temperature == 0 and params.logprobs is None and not self.changes_logits
         self.counts: Counter[int] = Counter()
 
     def take(self, token: int) -> None:
@@ -91,6 +93,10 @@ class Row(NamedTuple):
 def choose(logits_MV: Tensor, rows: Sequence[Row]) -> list[Choice | Glm5Error]:
     """The next token of each row; an error in place of one that has none."""
     logits = logits_MV.float().cpu()
+    if all(row.sampler.is_plain for row in rows):
+        peaks, best = logits.max(dim=-1)
+        if bool(peaks.isfinite().all()):
+            return [Choice(token) for token in best.tolist()]
     raw, failed = logits, {}
     if any(row.sampler.changes_logits for row in rows):
         logits = logits.clone()

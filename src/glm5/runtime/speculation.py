@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -54,7 +53,7 @@ class Rate:
 
 
 class Costs:
-    """Medians of measured times, by what was done."""
+    """The least of the last few measured times, by what was done: a busy machine only adds to them."""
 
     def __init__(self) -> None:
         self._times: dict[tuple[str, int, int], deque[float]] = {}
@@ -64,7 +63,7 @@ class Costs:
 
     def known(self, what: str, sequences: int, rows: int) -> float | None:
         found = self._times.get((what, sequences, rows))
-        return median(found) if found else None
+        return min(found) if found else None
 
     def step(self, sequences: int, guesses: int) -> float:
         """Of a step in which each of so many sequences has so many guesses; 1.0 = unknown altogether."""

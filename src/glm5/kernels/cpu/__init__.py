@@ -15,7 +15,7 @@ from glm5.kernels.cpu.attention import (
 )
 from glm5.kernels.cpu.experts import ExpertBank, MoeLayer, Told
 from glm5.kernels.cpu.layer import CacheRows, DecoderLayer, Pass
-from glm5.kernels.cpu.matrix import Matrix, Vector, linear, rms_norm
+from glm5.kernels.cpu.matrix import Matrix, Vector, linear, rms_norm, take_rows
 from glm5.kernels.cpu.native import instruction_set, instruction_sets, set_threads, threads
 from glm5.kernels.cpu.rounding import Rounded, round_weights
 from glm5.kernels.slots import Slots
@@ -24,5 +24,5 @@ __all__ = [
     "MAX_INDEX_HEADS", "MAX_INDEX_WIDTH", "CacheRows", "DecoderLayer", "ExpertBank", "Matrix", "MoeLayer",
     "Pass", "Rounded", "Slots", "Told", "Vector", "attend", "attend_grouped",
     "instruction_set", "instruction_sets", "linear", "rms_norm", "round_weights", "select", "set_threads",
-    "threads",
+    "take_rows", "threads",
 ]  # fmt: skip

@@ -137,6 +137,20 @@ def linear(
     return out
 
 
+def take_rows(ids: Tensor, matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    """Rows of a matrix by their numbers, [..., columns] in `dtype` (fp32 or bf16): code times scale, rounded
+    once.
+
+    ids: integers on the CPU. Raises IndexError for a number that is no row's.
+    """
+    need(not ids.is_floating_point() and ids.device.type == "cpu", f"ids are {ids.dtype} on {ids.device}")
+    need(dtype in ACTIVATIONS, f"results are {dtype}, not fp32 or bf16")
+    ids = ids.to(torch.int64).contiguous()
+    out = torch.empty(*ids.shape, matrix.columns, dtype=dtype)
+    library.take_rows(matrix.handle, ids.data_ptr(), out.data_ptr(), dtype == torch.bfloat16, ids.numel())
+    return out
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, like x (fp32 or bf16).
 

@@ -10,7 +10,7 @@
 namespace glm5 {
 namespace GLM5_ISA {
 extern const Table functions;
-const Table functions = {GLM5_ISA_NAME, linear,       norm_rows,      moe,    route_only,
+const Table functions = {GLM5_ISA_NAME, linear,       take_rows, norm_rows,      moe,    route_only,
                          attend,        attend_heads, attend_grouped, select, decode_layer,
                          round_weights, read_all,     spin_products};
 }  // namespace GLM5_ISA

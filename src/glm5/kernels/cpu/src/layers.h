@@ -118,6 +118,22 @@ inline void product(const Matrix& m, bool exact, int r0, int r1, const Inputs& i
   else float_product(m, r0, r1, in.floats.data(), static_cast<size_t>(in.cols), picks, count, out, ldo);
 }
 
+// Each value is code * scale, rounded once.
+inline void take_rows(const Matrix& m, const RowsCall& call) {
+  const size_t cols = static_cast<size_t>(m.cols);
+  const int together = std::max(1, 32768 / std::max(1, m.cols));
+  parallel((call.count + together - 1) / together, [&](int item) {
+    static thread_local std::vector<float> buffer;
+    float *row = scratch(buffer, cols), one = 1;
+    for (int t = item * together; t < std::min(call.count, (item + 1) * together); t++) {
+      std::memset(row, 0, 4 * cols);
+      add_weight_rows(m, static_cast<int>(call.ids[t]), 1, {&one, 1, row, cols, 1});
+      narrow(row, static_cast<char*>(call.out) + static_cast<size_t>(t) * cols * (call.bf16 ? 2 : 4), call.bf16,
+             m.cols);
+    }
+  });
+}
+
 // RMSNorm of rows. In bf16 the normalized value is rounded before the weight is applied, and after.
 inline void norm_rows(const NormCall& call) {
   const size_t bytes = static_cast<size_t>(call.cols) * (call.bf16 ? 2 : 4);

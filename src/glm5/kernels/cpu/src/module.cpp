@@ -166,6 +166,15 @@ void bind_functions(nb::module_& m) {
     call.output = &output, call.outputs = 1;
     table().linear(call);
   });
+  m.def("take_rows", [](const Matrix& matrix, uintptr_t ids, uintptr_t out, bool bf16, int count) {
+    RowsCall call;
+    call.ids = at<const int64_t>(ids), call.out = at<void>(out), call.bf16 = bf16, call.count = count;
+    for (int t = 0; t < count; t++)
+      if (call.ids[t] < 0 || call.ids[t] >= matrix.rows)
+        throw std::out_of_range("row " + std::to_string(call.ids[t]) + " of " + std::to_string(matrix.rows));
+    nb::gil_scoped_release release;
+    table().take_rows(matrix, call);
+  });
   m.def("norm_rows", [](const NormCall& call) {
     nb::gil_scoped_release release;
     table().norm_rows(call);

@@ -27,6 +27,14 @@ struct LinearCall {
   int outputs = 0;
 };
 
+// Rows of a matrix as floats: an embedding.
+struct RowsCall {
+  const int64_t* ids = nullptr;  // [count], each in [0, rows)
+  void* out = nullptr;           // [count, cols]
+  bool bf16 = false;
+  int count = 0;
+};
+
 struct NormCall {
   const void* x = nullptr;  // [count, cols]
   void* out = nullptr;
@@ -215,6 +223,7 @@ struct RoundCall {
 struct Table {
   const char* name;
   void (*linear)(const LinearCall&);
+  void (*take_rows)(const Matrix&, const RowsCall&);
   void (*norm_rows)(const NormCall&);
   void (*moe)(const MoeCall&);
   void (*route)(const MoeCall&);  // the router alone: fills chosen_ids, chosen_weights and scores

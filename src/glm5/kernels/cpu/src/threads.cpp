@@ -20,9 +20,10 @@
 namespace glm5 {
 namespace {
 
-// A job follows the last one within microseconds while a model runs: worth waiting for awake.
-// After that a thread sleeps, so that an idle process costs nothing.
-constexpr auto kAwake = std::chrono::microseconds(40);
+// A job follows the last one within microseconds while a model runs, and a little more where Python stands
+// between: worth waiting for awake. After that a thread sleeps, so that an idle process costs nothing.
+constexpr auto kAwake = std::chrono::microseconds(100);
+constexpr int kPatient = 2000;  // pauses, before the processor is offered to somebody else
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -49,17 +50,21 @@ class Pool {
 
   int workers() const { return static_cast<int>(threads_.size()); }
 
+  // Does not wait for a thread that has not come: on a busy machine it may be long away, and what it would have
+  // done is done by those who are here.
   void run(int items, Job job, void* context) {
     job_ = job, context_ = context, items_ = items;
     next_.store(0, std::memory_order_relaxed);
-    running_.store(workers(), std::memory_order_relaxed);
+    uint64_t mine;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      epoch_.fetch_add(1, std::memory_order_release);
+      mine = epoch_.fetch_add(1) + 1;
+      open_.store(mine);
     }
     if (sleeping_.load() > 0) wake_.notify_all();
     work();
-    while (running_.load(std::memory_order_acquire) > 0) pause();
+    open_.store(0);  // who comes now goes again; who came before this is waited for
+    for (int turn = 0; inside_.load() > 0; turn++) turn < kPatient ? pause() : std::this_thread::yield();
   }
 
  private:
@@ -72,8 +77,10 @@ class Pool {
     for (;;) {
       seen = next_epoch(seen);
       if (ending_) return;
-      work();
-      running_.fetch_sub(1, std::memory_order_release);
+      // First in, then a look whether the job is still there: its owner closes it, then looks who is in.
+      inside_.fetch_add(1);
+      if (open_.load() == seen) work();
+      inside_.fetch_sub(1);
     }
   }
 
@@ -95,8 +102,8 @@ class Pool {
   std::vector<std::thread> threads_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<uint64_t> epoch_{0};
-  std::atomic<int> next_{0}, running_{0}, sleeping_{0};
+  std::atomic<uint64_t> epoch_{0}, open_{0};  // of the last job; of the one that is being worked on
+  std::atomic<int> next_{0}, inside_{0}, sleeping_{0};
   bool ending_ = false;
   Job job_ = nullptr;
   void* context_ = nullptr;
