@@ -164,9 +164,16 @@ def scan(model: GlmForCausalLM, cache: Cache) -> None:
     query = torch.randn(1, config.index_n_heads, config.index_head_dim).to(torch.bfloat16)
     turns = torch.ones(1, config.qk_rope_head_dim // 2, dtype=torch.complex64)
     weights, rows = torch.rand(1, config.index_n_heads), torch.zeros(1, dtype=torch.int32)
-    for layer in cache.layers:
+    for layer in cache.pool.layers.values():
         assert layer._index_keys is not None and config.index_topk is not None
-        cpu.select(query, turns, weights, layer._index_keys[:, : cache.length], rows, config.index_topk)
+        cpu.select(
+            query,
+            turns,
+            weights,
+            layer.index_keys.flatten(0, 1)[None, : cache.length],
+            rows,
+            config.index_topk,
+        )
 
 
 def timed(work: Callable[[], object]) -> float:

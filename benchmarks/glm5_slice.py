@@ -109,12 +109,10 @@ def step_bytes(model: GlmForCausalLM, chosen: dict[int, int], context: int) -> i
 def filled_cache(model: GlmForCausalLM, context: int, room: int = 1) -> Cache:
     """A cache that holds `context` random tokens and takes `room` more."""
     cache = Cache(model.config, 1, context + room, dtype=model.dtype, device=model.device)
-    for layer in cache.layers:
-        for buffer in (layer._latents, layer._index_keys):
-            assert buffer is not None
+    for layer in cache.pool.layers.values():
+        for buffer in layer.buffers:
             buffer.normal_()
-    cache._positions[0] = torch.arange(cache.capacity, device=model.device)
-    cache.length = context
+    cache.sequences[0].length = context
     return cache
 
 

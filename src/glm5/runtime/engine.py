@@ -242,14 +242,18 @@ class Engine:
                 request.statistics.steps += 1
                 request.timeline.length = known + accepted  # type: ignore[union-attr]
             if not request.finished:
-                self.speculator.hear(request, first, hidden[begin : begin + count + accepted])
+                count += accepted
+                self.speculator.hear(
+                    request, first, hidden if count == len(hidden) else hidden[begin : begin + count]
+                )
             begin += size
         self._settle(work)
         decoding = [(r, d) for r, _, d in work if r.is_decoding and not r.finished]
         if all(count == 1 for _, count, _ in work) and len({d for _, _, d in work}) == 1:
             self.speculator.costs.note("step", len(work), work[0][2], self._clock() - started)
         guessing = [r for r, _ in decoding if r.num_draft_tokens != 0]
-        if guessing:
+        asked = any(r.num_draft_tokens for r in guessing)
+        if guessing and (asked or not self.speculator.rests()):
             self.speculator.guess(guessing)
 
     def _coming(self, timelines: list[Timeline], counts: list[int], prefixes: list[int] | None) -> Coming:

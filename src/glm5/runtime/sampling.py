@@ -94,9 +94,9 @@ def choose(logits_MV: Tensor, rows: Sequence[Row]) -> list[Choice | Glm5Error]:
     """The next token of each row; an error in place of one that has none."""
     logits = logits_MV.float().cpu()
     if all(row.sampler.is_plain for row in rows):
-        peaks, best = logits.max(dim=-1)
-        if bool(peaks.isfinite().all()):
-            return [Choice(token) for token in best.tolist()]
+        tokens, heights = _likeliest(logits)
+        if all(map(math.isfinite, heights)):
+            return [Choice(token) for token in tokens]
     raw, failed = logits, {}
     if any(row.sampler.changes_logits for row in rows):
         logits = logits.clone()
@@ -109,8 +109,7 @@ def choose(logits_MV: Tensor, rows: Sequence[Row]) -> list[Choice | Glm5Error]:
                 except Exception as error:  # the caller's function
                     name = type(error).__name__
                     failed[number] = RequestError(f"allowed_tokens_fn raised {name}: {error}")
-    peaks, best = logits.max(dim=-1)  # the first of equal ones; a NaN, where there is one
-    tokens, heights = best.tolist(), peaks.tolist()
+    tokens, heights = _likeliest(logits)
     for number, height in enumerate(heights):
         if not math.isfinite(height) and number not in failed:
             failed[number] = _no_token(raw[number], height)
@@ -126,7 +125,9 @@ def choose(logits_MV: Tensor, rows: Sequence[Row]) -> list[Choice | Glm5Error]:
             for r in (rows[n] for n in members)
         ]
         # Relative to the best, so that a tiny temperature drives the others to -inf, not all to NaN.
-        scaled = (logits[members] - peaks[members].unsqueeze(1)) / torch.tensor(heat).unsqueeze(1)
+        scaled = (logits[members] - torch.tensor([heights[n] for n in members]).unsqueeze(1)) / torch.tensor(
+            heat
+        ).unsqueeze(1)
         found = draw(probabilities(scaled, top_k=top_k, top_p=top_p, min_p=min_p), numbers)
         for number, token in zip(members, found, strict=True):
             tokens[number] = token
@@ -139,6 +140,16 @@ def choose(logits_MV: Tensor, rows: Sequence[Row]) -> list[Choice | Glm5Error]:
         else:
             choices.append(_with_logprobs(raw[number], tokens[number], row.sampler.params.logprobs))
     return choices
+
+
+def _likeliest(logits_MV: Tensor) -> tuple[list[int], list[float]]:
+    """Each row's lowest id of the largest logit, and that logit; a NaN, where there is one.
+
+    numpy looks at a vocabulary ten times as fast as torch.
+    """
+    values = logits_MV.numpy()
+    best = values.argmax(axis=-1)
+    return best.tolist(), values[range(len(best)), best].tolist()
 
 
 def likeliest(logits_V: Tensor) -> int:

@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 
 from glm5.errors import Glm5Error
+from glm5.kernels import cpu
+from glm5.layers.draft import draft_calls
+from glm5.model.rotary import Rotation
 from glm5.model.step import Step
 from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.cache import Coming, PagePool
@@ -34,6 +37,10 @@ _WINDOW = 256  # the MTP layer reads so many of the tokens before an answer
 _GRAM = 3
 _MARGIN = 1.02  # guesses must promise that much more
 _PROBE_FIRST, _PROBE_MOST = 32, 512  # steps between two tries of what does not pay
+_FEW = 8  # tokens that are read by prepared calls
+_KEPT_POSITIONS = 4096
+_WARM = 64  # steps that the MTP layer hears before a try
+_LOOK = 4  # steps between two looks at whether guesses would pay now
 _PRIOR = {"mtp": 0.6, "lookup": 0.5}
 _COST_OF_A_ROW = 0.25  # of a step, until it is measured
 
@@ -82,28 +89,25 @@ class Draft:
     timeline: Timeline | None
     rates: dict[str, Rate]
     hidden: list[Tensor] = field(default_factory=list)  # [n, D] each, behind what the timeline holds
-    following: list[int] = field(default_factory=list)  # the token behind each of them
+    first: int = 0  # the place of the first of them
+    waiting: int = 0  # how many they are
     grams: dict[tuple[int, ...], int] = field(default_factory=dict)
     indexed: int = 0
     kind: str = "mtp"  # of the guesses being checked
-    quiet: int = 0  # steps since guesses were last checked
-    patience: int = _PROBE_FIRST
 
 
 class Speculator:
-    """Makes the guesses of an engine's requests.
-
-    forced: always so many guesses, whether they pay or not; None = as many as pay.
-    """
+    """Makes the guesses of an engine's requests."""
 
     def __init__(self, model: GlmForCausalLM, pool: PagePool | None) -> None:
         self.model, self.pool = model, pool
         self.costs = Costs()
+        self._quiet = 0  # steps since guesses were last checked
+        self._patience = _PROBE_FIRST
+        self._idle = False  # guesses did not pay when that was last asked
+        self._probing = False
+        self._turns: Tensor | None = None
         self.rates = {kind: Rate(prior) for kind, prior in _PRIOR.items()}
-
-    @property
-    def has_mtp(self) -> bool:
-        return self.pool is not None
 
     def begin(self, request: Request) -> None:
         """The request starts to be read."""
@@ -121,16 +125,29 @@ class Speculator:
         draft: Draft = request.draft
         if draft.timeline is None or request.num_draft_tokens == 0:
             return
+        if self._idle and request.num_draft_tokens is None and self._patience - self._quiet > _WARM:
+            if draft.waiting or draft.timeline.length:  # the next try is far: it will begin anew
+                draft.timeline.release()
+                draft.hidden, draft.waiting = [], 0
+            return
         skipped = max(0, len(request.prompt_ids) - _WINDOW - first)  # of a long prompt the end will do
         if skipped >= len(hidden_ND):
             return
-        first, hidden_ND = first + skipped, hidden_ND[skipped:].clone()  # not a view of the whole step
+        if len(hidden_ND) > 1:
+            first, hidden_ND = first + skipped, hidden_ND[skipped:].clone()  # not a view of the whole step
+        if not draft.hidden:
+            draft.first = first
         draft.hidden.append(hidden_ND)
-        draft.following += request.tokens[first + 1 : first + 1 + len(hidden_ND)]
-        if len(draft.following) > 2 * _WINDOW:  # nobody guessed for long: begin anew with the last ones
+        draft.waiting += len(hidden_ND)
+        if draft.waiting > 2 * _WINDOW:  # nobody guessed for long: begin anew with the last ones
             draft.timeline.release()
-            draft.hidden = [torch.cat(draft.hidden)[-_WINDOW:]]
-            draft.following = draft.following[-_WINDOW:]
+            draft.first += draft.waiting - _WINDOW
+            draft.hidden, draft.waiting = [torch.cat(draft.hidden)[-_WINDOW:]], _WINDOW
+
+    def rests(self) -> bool:
+        """Guesses do not pay, as was seen a few steps ago: nothing is to be done in this step."""
+        self._quiet += 1
+        return self._idle and self._quiet % _LOOK > 0 and self._quiet < self._patience
 
     def note(self, request: Request, accepted: int) -> None:
         """So many of the request's guesses were right."""
@@ -139,7 +156,8 @@ class Speculator:
         wrong = int(accepted < checked)
         draft.rates[draft.kind].note(accepted, wrong)
         self.rates[draft.kind].note(accepted, wrong)
-        draft.patience = _PROBE_FIRST if accepted else min(2 * draft.patience, _PROBE_MOST)
+        if self._probing:
+            self._patience = min(2 * self._patience, _PROBE_MOST)
 
     def guess(self, requests: Sequence[Request]) -> None:
         """Set the guesses of each request for the next step."""
@@ -165,10 +183,10 @@ class Speculator:
     def _decide(self, request: Request, sequences: int, limit: int) -> tuple[str, int]:
         """(kind, how many guesses): what promises most tokens a second."""
         draft: Draft = request.draft
+        if request.num_draft_tokens is not None and draft.timeline is not None:
+            return "mtp", limit
         found = len(self._look_up(request, limit))
         if request.num_draft_tokens is not None:
-            if draft.timeline is not None:
-                return "mtp", limit
             return "lookup", found
         base, best = self.costs.step(sequences, 0), ("mtp", 0)
         most = _MARGIN / base
@@ -181,15 +199,16 @@ class Speculator:
                 speed = tokens / (self.costs.step(sequences, guesses) + guesses * each)
                 if speed > most:
                     most, best = speed, (kind, guesses)
-        draft.quiet += 1
+        self._idle, self._probing = not best[1], False
         if best[1]:
-            draft.quiet = 0
+            if best[0] == "mtp":
+                self._quiet, self._patience = 0, _PROBE_FIRST
             # Steps without guesses are what the others are measured by.
             stale = self.costs.known("step", sequences, 0) is None or len(request.output_ids) % 64 == 63
             return ("mtp", 0) if stale else best
-        if draft.quiet >= draft.patience:
-            draft.quiet = 0
-            return ("lookup", found) if found else ("mtp", 1 if draft.timeline is not None else 0)
+        if self._quiet >= self._patience:
+            self._quiet, self._probing = 0, True
+            return "mtp", 1 if draft.timeline is not None else 0
         return best
 
     def _look_up(self, request: Request, count: int) -> list[int]:
@@ -208,20 +227,27 @@ class Speculator:
         fitting, free = [], self.pool.free_pages
         for request, count in wanted:
             timeline = request.draft.timeline
-            missing = timeline.pages_missing(timeline.length + len(request.draft.following) + count)
-            if request.draft.following and missing <= free:
+            missing = timeline.pages_missing(timeline.length + request.draft.waiting + count)
+            if request.draft.waiting and missing <= free:
                 fitting.append((request, count))
                 free -= missing
         if not fitting:
             return
+        if len(fitting) == 1 and (calls := self._calls(fitting[0][0])) is not None:
+            self._guess_alone(calls, *fitting[0])
+            return
         requests = [request for request, _ in fitting]
         drafts: list[Draft] = [request.draft for request in requests]
         hidden = torch.cat([h for draft in drafts for h in draft.hidden])
-        following = [token for draft in drafts for token in draft.following]
-        counts = [len(draft.following) for draft in drafts]
+        counts = [draft.waiting for draft in drafts]
+        following = [
+            token
+            for request, draft in zip(requests, drafts, strict=True)
+            for token in request.tokens[draft.first + 1 : draft.first + 1 + draft.waiting]
+        ]
         known = [draft.timeline.length + n for draft, n in zip(drafts, counts, strict=True) if draft.timeline]
         for draft in drafts:
-            draft.hidden, draft.following = [], []
+            draft.hidden, draft.waiting = [], 0
         out = self._read(drafts, counts, following, hidden)
         out = out[torch.tensor(counts).cumsum(0) - 1]
         for _ in range(max(count for _, count in fitting)):
@@ -244,6 +270,52 @@ class Speculator:
         most = max(len(request.guesses) for request, _ in fitting)
         if len(following) <= (MOST_GUESSES + 1) * len(fitting) and most:
             self.costs.note("guess", len(fitting), 1, (time.perf_counter() - started) / most)
+
+    def _calls(self, request: Request) -> cpu.DraftCalls | None:
+        """The prepared way, for few tokens of one request."""
+        return draft_calls(self.model, _FEW) if request.draft.waiting <= _FEW else None
+
+    def _guess_alone(self, calls: cpu.DraftCalls, request: Request, count: int) -> None:
+        """The same for one request, whose time is mostly that of the calls themselves."""
+        assert self.pool is not None
+        draft: Draft = request.draft
+        timeline = draft.timeline
+        assert timeline is not None
+        started, begin = time.perf_counter(), draft.first + 1
+        hidden = draft.hidden[0] if len(draft.hidden) == 1 else torch.cat(draft.hidden)
+        ids = request.tokens[begin : begin + draft.waiting]
+        known = timeline.length + draft.waiting
+        draft.hidden, draft.waiting = [], 0
+        layer = self.model.mtp_layers()[0].layer
+        coming: Coming | None = None
+        for _ in range(count):
+            if coming is None or not coming.again():
+                coming = Coming(self.pool, [timeline], [len(ids)])
+            step = Step(self._angles(coming.positions), cache=coming, shared=coming.shared)
+            x, _ = layer(calls.read(ids, hidden), step, None)
+            coming.advance()
+            hidden, logits = calls.judge(x[0, -1:])
+            if request.sampler.is_plain:
+                token = int(logits.numpy().argmax())
+            else:
+                (choice,) = choose(logits, [Row(request.sampler, tuple(request.guesses))])
+                if isinstance(choice, Glm5Error):
+                    break  # the checked step will say so
+                token = choice.token
+            request.guesses.append(token)
+            ids = [token]
+        timeline.truncate(known)
+        if request.guesses:
+            self.costs.note("guess", 1, 1, (time.perf_counter() - started) / len(request.guesses))
+
+    def _angles(self, positions_1N: Tensor) -> Rotation:
+        """Rotations of the first positions are kept: they take longer to make than to use."""
+        first, count = int(positions_1N[0, 0]), positions_1N.shape[1]
+        if first + count > _KEPT_POSITIONS:
+            return self.model.angles(positions_1N)
+        if self._turns is None:
+            self._turns = self.model.angles(torch.arange(_KEPT_POSITIONS).unsqueeze(0)).turns
+        return Rotation(self._turns[:, first : first + count])
 
     def _read(
         self, drafts: list[Draft], counts: list[int], following: list[int], hidden_ND: Tensor

@@ -13,6 +13,7 @@ from glm5.kernels.cpu.attention import (
     attend_grouped,
     select,
 )
+from glm5.kernels.cpu.draft import DraftCalls
 from glm5.kernels.cpu.experts import ExpertBank, MoeLayer, Told
 from glm5.kernels.cpu.layer import CacheRows, DecoderLayer, Pass
 from glm5.kernels.cpu.matrix import Matrix, Vector, linear, rms_norm, take_rows
@@ -21,8 +22,8 @@ from glm5.kernels.cpu.rounding import Rounded, round_weights
 from glm5.kernels.slots import Slots
 
 __all__ = [
-    "MAX_INDEX_HEADS", "MAX_INDEX_WIDTH", "CacheRows", "DecoderLayer", "ExpertBank", "Matrix", "MoeLayer",
-    "Pass", "Rounded", "Slots", "Told", "Vector", "attend", "attend_grouped",
-    "instruction_set", "instruction_sets", "linear", "rms_norm", "round_weights", "select", "set_threads",
-    "take_rows", "threads",
+    "MAX_INDEX_HEADS", "MAX_INDEX_WIDTH", "CacheRows", "DecoderLayer", "DraftCalls", "ExpertBank", "Matrix",
+    "MoeLayer", "Pass", "Rounded", "Slots", "Told", "Vector", "attend", "attend_grouped", "instruction_set",
+    "instruction_sets", "linear", "rms_norm", "round_weights", "select", "set_threads", "take_rows",
+    "threads",
 ]  # fmt: skip

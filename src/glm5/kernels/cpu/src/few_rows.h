@@ -149,9 +149,14 @@ inline F32x16 narrow_scales(const Matrix& m, size_t first, int left, int repeat)
   const int blocks = std::clamp(left, 1, 16);
   if (repeat == 1) return load_scales(m, first, blocks);
   const size_t begin = first / static_cast<size_t>(repeat);
-  float some[16], each_block[16] = {};
-  store16(some, load_scales(m, begin, (blocks + repeat - 1) / repeat));
-  for (int i = 0; i < blocks; i++) each_block[i] = some[i / repeat];
+  alignas(64) float each_block[16] = {};
+  for (int i = 0; i < blocks; i += repeat) {
+    const size_t at = begin + static_cast<size_t>(i / repeat);
+    const float scale = m.scale_type == Scales::bf16 ? bf16_to_float(static_cast<const uint16_t*>(m.scales)[at])
+                        : m.scale_type == Scales::f16 ? f16_to_float(static_cast<const uint16_t*>(m.scales)[at])
+                                                      : static_cast<const float*>(m.scales)[at];
+    for (int b = i; b < std::min(blocks, i + repeat); b++) each_block[b] = scale;
+  }
   return load16(each_block);
 }
 

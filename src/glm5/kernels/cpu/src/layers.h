@@ -137,13 +137,14 @@ inline void take_rows(const Matrix& m, const RowsCall& call) {
 // RMSNorm of rows. In bf16 the normalized value is rounded before the weight is applied, and after.
 inline void norm_rows(const NormCall& call) {
   const size_t bytes = static_cast<size_t>(call.cols) * (call.bf16 ? 2 : 4);
+  const size_t apart = call.stride ? call.stride * (call.bf16 ? 2 : 4) : bytes;
   const int together = std::max(1, 32768 / std::max(1, call.cols));
   parallel((call.count + together - 1) / together, [&](int item) {
     static thread_local std::vector<float> buffer;
     float* row = scratch(buffer, static_cast<size_t>(call.cols));
     for (int t = item * together; t < std::min(call.count, (item + 1) * together); t++) {
       const char* from = static_cast<const char*>(call.x) + static_cast<size_t>(t) * bytes;
-      char* to = static_cast<char*>(call.out) + static_cast<size_t>(t) * bytes;
+      char* to = static_cast<char*>(call.out) + static_cast<size_t>(t) * apart;
       widen(from, call.bf16, row, call.cols);
       if (call.bf16) {
         const float factor = rms_factor(row, call.eps, call.cols);

@@ -115,7 +115,7 @@ void bind_calls(nb::module_& m) {
       "out", &LinearOutput::out)("stride", &LinearOutput::stride)("bf16", &LinearOutput::bf16);
   using N = NormCall;
   Fields<N>(m, "NormCall")("x", &N::x)("out", &N::out)("weight", &N::weight)("bf16", &N::bf16)(
-      "count", &N::count)("cols", &N::cols)("eps", &N::eps);
+      "count", &N::count)("cols", &N::cols)("stride", &N::stride)("eps", &N::eps);
   using E = MoeCall;
   Fields<E>(m, "MoeCall")("x", &E::x)("add", &E::add)("out", &E::out)("x_bf16", &E::x_bf16)(
       "count", &E::count)("norm", &E::norm)("eps", &E::eps)("exact", &E::exact)("ids", &E::ids)(

@@ -41,6 +41,7 @@ struct NormCall {
   const float* weight = nullptr;
   bool bf16 = false;
   int count = 0, cols = 0;
+  size_t stride = 0;  // elements between two rows of out; 0 = cols
   float eps = 0;
 };
 

@@ -22,7 +22,7 @@ namespace {
 
 // A job follows the last one within microseconds while a model runs, and a little more where Python stands
 // between: worth waiting for awake. After that a thread sleeps, so that an idle process costs nothing.
-constexpr auto kAwake = std::chrono::microseconds(100);
+constexpr auto kAwake = std::chrono::microseconds(150);
 constexpr int kPatient = 2000;  // pauses, before the processor is offered to somebody else
 
 inline void pause() {
