@@ -209,14 +209,22 @@ inline void attend_heads(const CachedRows& cache, const SeenSlots& seen, float s
       for (size_t i = 0; i < static_cast<size_t>(cache.key_width) * (cache.bf16 ? 2 : 4); i += 64)
         __builtin_prefetch(from.key(s) + i, 0, 2);
     }
-    take_rows([&](int s) { return from.key(s0 + s); }, here, cache.bf16, cache.key_width, rows);
-    if (!one)
-      take_rows([&](int s) { return from.value(s0 + s); }, here, cache.bf16, cache.value_width, values);
-    score_tile(q, heads, rows, width, scores);
+    // Sixteen slots of floats that lie beside each other are read where they lie.
+    const bool beside =
+        !cache.bf16 && !from.slots && here == kSlots && cache.pages.left_in_page(s0) >= kSlots;
+    const float *keys = rows, *mixed_rows = values;
+    if (beside && cache.key_width == width && cache.key_stride == static_cast<size_t>(width))
+      keys = reinterpret_cast<const float*>(from.key(s0));
+    else take_rows([&](int s) { return from.key(s0 + s); }, here, cache.bf16, cache.key_width, rows);
+    if (one) mixed_rows = keys;
+    else if (beside && cache.value_width == value_width && cache.value_stride == static_cast<size_t>(value_width))
+      mixed_rows = reinterpret_cast<const float*>(from.value(s0));
+    else take_rows([&](int s) { return from.value(s0 + s); }, here, cache.bf16, cache.value_width, values);
+    score_tile(q, heads, keys, width, scores);
     for (int h = 0; h < heads; h++)
       fold_slots(scores + h * kSlots, scale, here, top[h], total[h],
                  mixed + static_cast<size_t>(h) * value_width, value_width);
-    mix_tile(scores, heads, values, one ? width : value_width, value_width, mixed);
+    mix_tile(scores, heads, mixed_rows, one ? width : value_width, value_width, mixed);
   }
   for (int h = 0; h < heads; h++) {
     float* mine = mixed + static_cast<size_t>(h) * value_width;
