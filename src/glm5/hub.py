@@ -88,9 +88,22 @@ def _refuse_beyond_memory(
 
 def _rounding(checkpoint: Checkpoint) -> SchemeOf | None:
     """The default recipe with the largest group that divides every width; None where it is packed already."""
+    from glm5.checkpoint.filling import stored_scheme
     from glm5.quantize import Recipe, widest_group
 
-    return None if checkpoint.is_packed else Recipe(group=widest_group(checkpoint.config)).scheme_of
+    if checkpoint.is_packed:
+        scheme_of = stored_scheme(checkpoint)
+        packed = [name for name in checkpoint.index.names if name.endswith(".weight_packed")]
+        bits = {scheme.bits for name in packed if (scheme := scheme_of(name.removesuffix(".weight_packed")))}
+        if bits and 4 not in bits:
+            raise RequestError(
+                f"{checkpoint.directory}: its weights are packed in {max(bits)} bits; load it without "
+                "load_in_4bit, or quantize the model that it was made from"
+            )
+        return None
+    # A head of its own in 8 bits: half of its bytes at each token, and nothing lost that can be measured.
+    rules = () if checkpoint.config.tie_word_embeddings else (("lm_head", 8),)
+    return Recipe(group=widest_group(checkpoint.config), rules=rules).scheme_of
 
 
 def resolve(path: str | os.PathLike[str] | None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from glm5.checkpoint import ShardIndex, names, save_model
 from glm5.config import MODEL_TYPES, ModelConfig
 from glm5.disk.safetensors_file import SafetensorsFile
 from glm5.disk.shards import INDEX_FILE, SINGLE_FILE
-from glm5.errors import CheckpointError
+from glm5.errors import CheckpointError, RequestError
 from glm5.formats.packed import PROJECTIONS, Scheme
 from glm5.formats.packing import words_per_row
 from glm5.layers.fused_layer import FusedLayer
@@ -138,9 +139,21 @@ def test_the_public_door_opens_it(tmp_path: Path) -> None:
     assert loaded.config.eos_token_id == model.config.eos_token_id
     assert loaded.generate(IDS[:1, :5], max_new_tokens=4, eos_token_id=[]).shape == (1, 9)
     by_source = glm5.load(tmp_path / "source", dtype="auto", load_in_4bit=True)
-    assert torch.equal(by_source(IDS).logits, loaded(IDS).logits)
+    assert by_source.lm_head.scheme.bits == 8  # which costs nothing that can be measured
+    quantize(tmp_path / "source", tmp_path / "head8", replace(RECIPE, rules=(*RECIPE.rules, ("lm_head", 8))))
+    assert torch.equal(by_source(IDS).logits, glm5.load(tmp_path / "head8", dtype="auto")(IDS).logits)
     again = glm5.load(tmp_path / "int4", dtype="auto", load_in_4bit=True)  # nothing left to round
     assert torch.equal(again(IDS).logits, loaded(IDS).logits)
+
+
+def test_eight_bits_are_not_called_four(tmp_path: Path) -> None:
+    tiny_language_model(**{"moe_intermediate_size": 64, "q_lora_rank": 64, "v_head_dim": 24}).save_pretrained(
+        tmp_path / "source", stored="bf16"
+    )
+    quantize(tmp_path / "source", tmp_path / "int8", Recipe(8, 32))
+    with pytest.raises(RequestError, match="packed in 8 bits; load it without load_in_4bit"):
+        glm5.load(tmp_path / "int8", load_in_4bit=True)
+    assert glm5.load(tmp_path / "int8").lm_head is not None
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -59,6 +59,9 @@ def chat(
     seed: Seed = None,
     dtype: Dtype = None,
     device: Device = "auto",
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Keep what was read of prompts in this folder.", metavar="DIR")
+    ] = None,
 ) -> None:
     """Talk to a model. From a pipe: one line in, one answer out."""
     from glm5.cli.chat import run_piped, run_terminal
@@ -66,6 +69,8 @@ def chat(
 
     params = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     loaded = _load(model, dtype, device)
+    if cache_dir is not None:
+        loaded.start_engine(cache_dir=cache_dir)
     session = ChatSession(
         loaded, system=system, enable_thinking=think, max_new_tokens=max_new_tokens, **params
     )

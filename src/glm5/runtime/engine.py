@@ -27,6 +27,7 @@ from glm5.runtime.sampling import Row, choose
 from glm5.runtime.sampling_params import SamplingParams
 from glm5.runtime.scheduler import Limits, Plan, Scheduler, Task
 from glm5.runtime.speculation import Speculator
+from glm5.runtime.store import PageStore
 
 # Without being told, the cache takes a quarter of what is free, and no more than so many whole contexts.
 _CONTEXTS, _SHARE = 4, 0.25
@@ -37,7 +38,8 @@ class Engine:
     """Runs requests on one model.
 
     cache_tokens: how many tokens of all requests together the cache holds; None = by the memory that is free.
-    limits: of the scheduler. clock: seconds, for measuring steps.
+    limits: of the scheduler. store: where whole pages are kept beyond the process (on the CPU). clock:
+    seconds, for measuring steps.
 
     Raises:
         RequestError: a size is impossible.
@@ -50,6 +52,7 @@ class Engine:
         cache_tokens: int | None = None,
         limits: Limits | None = None,
         page_tokens: int = PAGE_TOKENS,
+        store: PageStore | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.config = model, model.config
@@ -66,6 +69,9 @@ class Engine:
             first = self.config.num_hidden_layers
             draft_pool = PagePool(self.config, pages, layers=range(first, first + 1), **options)  # type: ignore[arg-type]
         self.prefixes = PrefixTree(self.pool)
+        if store is not None and self.device.type != "cpu":
+            raise RequestError("a cache folder is for models on the CPU")
+        self.store = store
         self.scheduler = Scheduler(limits or Limits(), self)
         self.speculator = Speculator(model, draft_pool)
         self.speculates = rows_are_exact(model)
@@ -345,6 +351,8 @@ class Engine:
         """Give a request the pages that hold its beginning already; its last token is always read."""
         request: Request = task  # type: ignore[assignment]
         request.timeline = Timeline(self.pool)
+        if self.store is not None:
+            self._fetch(request, self.store)
         pages, count = self.prefixes.find(request.tokens, request.salt)
         count = min(count, len(request.tokens) - 1)
         if count < request.prefix - 1:  # each of its tokens sees all of them
@@ -356,6 +364,38 @@ class Engine:
             request.statistics.cached_tokens = count
         request.started()
         self.speculator.begin(request)
+
+    def _fetch(self, request: Request, store: PageStore) -> None:
+        """Take what the folder has of the request's beginning into the tree, as far as there is room."""
+        size, tokens = self.pool.page_tokens, request.tokens
+        pages, count = self.prefixes.find(tokens, request.salt)
+        pages = [self.pool.share(page) for page in pages[: count // size]]
+        key = store.first_key(request.salt)
+        for number in range((len(tokens) - 1) // size):
+            key = store.next_key(key, tokens[number * size : (number + 1) * size])
+            if number < len(pages):
+                continue
+            if self.pool.free_pages < 2 and not self.prefixes.give_up(self.pool.num_pages // 64 + 1):
+                break
+            page = self.pool.take()
+            pages.append(page)
+            if not store.load(key, self.pool, page):
+                self.pool.drop(pages.pop())
+                break
+        self.prefixes.add(tokens[: len(pages) * size], pages, request.salt)
+        for page in pages:
+            self.pool.drop(page)
+
+    def _keep(self, request: Request, store: PageStore) -> None:
+        """Write the request's whole pages to the folder."""
+        timeline = request.timeline
+        assert timeline is not None
+        size, key = self.pool.page_tokens, store.first_key(request.salt)
+        for number in range(timeline.length // size):
+            key = store.next_key(key, request.tokens[number * size : (number + 1) * size])
+            # What it had to read itself is not in the folder, or is damaged there.
+            anew = number >= request.statistics.cached_tokens // size
+            store.save(key, self.pool, timeline.pages[number], anew=anew)
 
     def fits(self, task: Task, tokens: int) -> bool:
         wanted = -(-tokens // self.pool.page_tokens)
@@ -384,6 +424,8 @@ class Engine:
         request: Request = task  # type: ignore[assignment]
         if request.timeline is not None:
             self._know(request, request.timeline.length)
+            if self.store is not None:
+                self._keep(request, self.store)
             request.timeline.release()
             request.timeline = None
             if not request.finished:
@@ -400,6 +442,7 @@ class Engine:
         if version != self._weights:
             self._weights = version
             self.prefixes.clear()
+            self.store = None  # its pages are of the weights that were loaded
 
     def _version(self) -> int:
         """Another number once a weight was assigned or changed in place."""

@@ -18,8 +18,10 @@ from glm5.checkpoint import Checkpoint, save_model
 from glm5.checkpoint.filling import SchemeOf
 from glm5.config import ModelConfig
 from glm5.errors import RequestError
+from glm5.kernels import cpu
 from glm5.layers.loading import load_model
 from glm5.model.transformer import GlmForCausalLM
+from glm5.runtime.cache import PAGE_TOKENS
 from glm5.runtime.engine import Engine
 from glm5.runtime.forking import answer_after_forks
 from glm5.runtime.generation_config import (
@@ -32,6 +34,7 @@ from glm5.runtime.request import Request, Result
 from glm5.runtime.sampling_params import SamplingParams
 from glm5.runtime.scheduler import Limits
 from glm5.runtime.session import Session
+from glm5.runtime.store import PageStore
 from glm5.text.control_tokens import GMASK, SOP
 from glm5.text.stream import TextStream
 from glm5.text.tokenizer import TOKENIZER_FILE, RenderedChat, Tokenizer
@@ -56,6 +59,8 @@ class LanguageModel(GlmForCausalLM):
         # What the checkpoint's generation_config.json asks for when the caller does not.
         self.defaults = SamplingParams()
         self._engine: Engine | None = None
+        # Names the weights as they were loaded; None = they are no checkpoint's.
+        self.fingerprint: str | None = None
 
     @classmethod
     def load(
@@ -80,6 +85,7 @@ class LanguageModel(GlmForCausalLM):
             checkpoint, dtype=dtype, device=device, progress=progress, build=cls, quantize=quantize
         )
         model.defaults, model.tokenizer = defaults, tokenizer
+        model.fingerprint = f"{checkpoint.fingerprint} {model.dtype} {'rounded' if quantize else 'stored'}"
         if ends:  # as in `transformers`, it counts before config.json
             model.config = model.config.with_changes(eos_token_id=ends)
         return model
@@ -107,9 +113,29 @@ class LanguageModel(GlmForCausalLM):
             found = self._engine = Engine(self)
         return found
 
-    def start_engine(self, *, cache_tokens: int | None = None, limits: Limits | None = None) -> Engine:
-        """An engine with other sizes, which the model's calls use from now on."""
-        self._engine = Engine(self, cache_tokens=cache_tokens, limits=limits)
+    def start_engine(
+        self,
+        *,
+        cache_tokens: int | None = None,
+        limits: Limits | None = None,
+        cache_dir: str | Path | None = None,
+        cache_dir_bytes: int = 8 << 30,
+    ) -> Engine:
+        """An engine with other sizes, which the model's calls use from now on.
+
+        cache_tokens, limits: as of `Engine`. cache_dir: a folder for what was read of prompts, which outlives
+        the process; it holds at most `cache_dir_bytes`.
+
+        Raises:
+            RequestError: a size is impossible, or the folder is another model's.
+        """
+        store = None
+        if cache_dir is not None:
+            if self.fingerprint is None:
+                raise RequestError("a cache folder is for models that were loaded from a checkpoint")
+            about = f"{self.fingerprint} {PAGE_TOKENS} {cpu.instruction_set()} {len(self.mtp)}"
+            store = PageStore(Path(cache_dir).expanduser(), about, max_bytes=cache_dir_bytes)
+        self._engine = Engine(self, cache_tokens=cache_tokens, limits=limits, store=store)
         return self._engine
 
     def session(self, ids: Sequence[int] = ()) -> Session:
