@@ -16,7 +16,7 @@ test: setup-dev
 # The random tests once more, with many times their cases: hours.
 SOAK ?= 100
 soak: setup-dev
-	GLM5_SOAK=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/layers tests/kernels
+	GLM5_SOAK=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/layers tests/kernels tests/runtime
 
 check: lint types test
 
