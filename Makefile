@@ -7,7 +7,7 @@ MODEL ?=
 .PHONY: chat test soak check lint types sanitize neon setup setup-dev clean
 
 chat: setup
-	@$(BIN)/glm5 chat $(if $(MODEL),--model $(MODEL))
+	@$(BIN)/glm5 chat $(if $(MODEL),--model "$(MODEL)")
 
 test: setup-dev
 	@# One thread a worker: workers with several would wait for each other.

@@ -199,15 +199,19 @@ def one_sequence(
     engine.step()
     pool = PagePool(model.config, 4 * context // 64, dtype=model.dtype)
     sequence = Sequence(pool)
+    sequence.reserve(context + tokens + 1)
     times = [0.0, 0.0]
     with torch.inference_mode():
         model.extend(torch.tensor(prompt), Coming(pool, [sequence], [context]))
         token = request.output_ids[-1]
+        coming: Coming | None = None
         for _ in range(tokens):
             started = clock()
             engine.step()
             middle = clock()
-            hidden = model.extend(torch.tensor([token]), Coming(pool, [sequence], [1]))
+            if coming is None or not coming.again():
+                coming = Coming(pool, [sequence], [1])
+            hidden = model.extend(torch.tensor([token]), coming)
             token = int(model.lm_head(hidden.unsqueeze(0)).argmax())
             times[0] += middle - started
             times[1] += clock() - middle

@@ -104,7 +104,9 @@ def test_load_in_4bit_rounds_while_loading(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attn_implementation": "eager"}, "no argument 'attn_implementation'"),
+        ({"nonsense": 1}, "no argument 'nonsense'; leave it out"),
+        ({"attn_implementation": "flash_attention_2"}, "attn_implementation='flash_attention_2' is not supp"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
         ({"dtype": "float64"}, "dtype 'float64' is unknown"),
         ({"dtype": 16}, "dtype 16 is unknown"),
         ({"device_map": "tpu"}, "device 'tpu' is unknown"),
@@ -121,8 +123,16 @@ def test_what_cannot_be_done_is_refused(checkpoint: Path, options: dict[str, Any
 
 
 def test_an_unknown_argument_of_the_tokenizer_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(RequestError, match="no argument 'use_fast'"):
-        AutoTokenizer.from_pretrained(checkpoint, use_fast=True)
+    with pytest.raises(RequestError, match="no argument 'nonsense'"):
+        AutoTokenizer.from_pretrained(checkpoint, nonsense=True)
+    with pytest.raises(RequestError, match="padding_side='right' is not supported"):
+        AutoTokenizer.from_pretrained(checkpoint, padding_side="right")
+
+
+def test_what_scripts_state_without_meaning_anything_is_accepted(checkpoint: Path) -> None:
+    AutoTokenizer.from_pretrained(checkpoint, use_fast=True, padding_side="left", revision="main")
+    options = {"attn_implementation": "sdpa", "low_cpu_mem_usage": True, "quantization_config": None}
+    assert AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True, **options) is not None
 
 
 def test_trust_remote_code_is_announced_and_runs_nothing(
@@ -173,7 +183,7 @@ def test_what_is_no_directory_is_named(tmp_path: Path, checkpoint: Path) -> None
     with pytest.raises(CheckpointError, match=r"is a file; name the directory that holds config\.json"):
         glm5.load(checkpoint / "config.json")
     (tmp_path / "MODEL.GGUF").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"is a GGUF file; .* glm5 quantize MODEL\.GGUF DIRECTORY"):
+    with pytest.raises(CheckpointError, match=r"is a GGUF file; .* glm5 quantize /.*/MODEL\.GGUF DIRECTORY"):
         glm5.load(tmp_path / "MODEL.GGUF")
     with pytest.raises(ConfigError, match=r"config\.json: no such file"):
         glm5.load(tmp_path)
@@ -195,8 +205,11 @@ def test_a_hub_name_without_network_is_one_line(tmp_path: Path) -> None:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("glm5.errors.CheckpointError: nobody/nothing: no such directory, and the hub")
+    assert last.startswith("glm5.errors.CheckpointError: nobody/nothing: no such directory here, and the hub")
+    assert "(HF_HUB_OFFLINE is set, and it was not fetched before)" in last
     assert len(last) < 400
+    with pytest.raises(CheckpointError, match="the model's name is empty"):
+        glm5.load("")
 
 
 # --- saving ----------------------------------------------------------------------------------

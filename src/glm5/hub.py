@@ -115,6 +115,8 @@ def resolve(path: str | os.PathLike[str] | None) -> Path:
                 f"{directory}: the embedded model is not in this installation; name another"
             )
         return directory
+    if not str(path).strip():
+        raise CheckpointError("the model's name is empty; name a directory, a hub name, or nothing at all")
     directory = Path(path)
     try:
         exists = directory.exists()
@@ -129,7 +131,7 @@ def resolve(path: str | os.PathLike[str] | None) -> Path:
         return directory
     if exists and directory.suffix.lower() == ".gguf":
         raise CheckpointError(
-            f"{directory}: is a GGUF file; make a directory of it: glm5 quantize {directory.name} DIRECTORY"
+            f"{directory}: is a GGUF file; make a directory of it: glm5 quantize {directory} DIRECTORY"
         )
     if exists:
         raise CheckpointError(f"{directory}: is a file; name the directory that holds config.json")
@@ -145,8 +147,26 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub's many errors, network ones included
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{name}: no such directory, and the hub did not give it: {reason}") from None
+        raise CheckpointError(
+            f"{name}: no such directory here, and the hub did not give it ({_hub_problem(error)}); check the "
+            "name, or fetch it on a machine with a network and name the directory"
+        ) from None
+
+
+def _hub_problem(error: Exception) -> str:
+    """The hub's many errors in a few words."""
+    from huggingface_hub import errors
+
+    text = " ".join(str(error).split())
+    if isinstance(error, errors.GatedRepoError):
+        return "it asks for a licence to be accepted on its page, and for a token"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "it has no such model, or not for you"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set, and it was not fetched before"
+    if isinstance(error, errors.LocalEntryNotFoundError) or "ConnectError" in text or "Connection" in text:
+        return "no connection, and it was not fetched before"
+    return text.partition(". ")[0][:160]
 
 
 class AutoModelForCausalLM:
@@ -170,11 +190,10 @@ class AutoModelForCausalLM:
             supported yet. None = "cpu".
         trust_remote_code: accepted and never acted on: no code of a checkpoint runs here.
         load_in_4bit: round the weights to int4 while they are read; nothing to do for int4 checkpoints.
+        Arguments that choose between ways of transformers' own are accepted and change nothing:
+        attn_implementation, low_cpu_mem_usage, use_safetensors=True, quantization_config=None.
         """
-        if trust_remote_code:
-            logger.warning("trust_remote_code=True changes nothing: glm5 never runs code from a checkpoint")
-        if unknown:
-            raise RequestError(f"from_pretrained has no argument {sorted(unknown)[0]!r}")
+        _refuse_unknown(unknown, trust_remote_code)
         return load(
             pretrained_model_name_or_path,
             dtype=torch_dtype if torch_dtype is not None else dtype,
@@ -194,12 +213,30 @@ class AutoTokenizer:
         trust_remote_code: bool = False,
         **unknown: Any,
     ) -> Tokenizer:
-        """Read the tokenizer of a checkpoint directory or hub name; no code of it runs."""
-        if trust_remote_code:
-            logger.warning("trust_remote_code=True changes nothing: glm5 never runs code from a checkpoint")
-        if unknown:
-            raise RequestError(f"from_pretrained has no argument {sorted(unknown)[0]!r}")
+        """Read the tokenizer of a checkpoint directory or hub name; no code of it runs.
+
+        use_fast=True and padding_side="left" are what it does anyway.
+        """
+        _refuse_unknown(unknown, trust_remote_code)
         return Tokenizer.from_pretrained(resolve(pretrained_model_name_or_path))
+
+
+# What may be stated without meaning anything here: (name, the values that are so).
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "attn_implementation": (None, "eager", "sdpa"), "low_cpu_mem_usage": (None, True, False),
+    "use_safetensors": (None, True), "quantization_config": (None,), "use_fast": (None, True),
+    "padding_side": (None, "left"), "revision": (None, "main"), "token": (None,), "cache_dir": (None,),
+}  # fmt: skip
+
+
+def _refuse_unknown(unknown: dict[str, Any], trust_remote_code: bool) -> None:
+    if trust_remote_code:
+        logger.warning("trust_remote_code=True changes nothing: glm5 never runs code from a checkpoint")
+    for name, value in sorted(unknown.items()):
+        if name not in _HARMLESS:
+            raise RequestError(f"from_pretrained has no argument {name!r}; leave it out")
+        if not any(value is known or value == known for known in _HARMLESS[name]):
+            raise RequestError(f"from_pretrained: {name}={value!r} is not supported; leave it out")
 
 
 def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -230,6 +230,40 @@ def test_what_generate_cannot_do_is_refused_by_name(options: dict[str, Any]) -> 
         tiny_language_model().generate(torch.tensor([[5]]), **options)
 
 
+def test_a_stop_string_ends_its_row_and_no_other(model: LanguageModel) -> None:
+    ids = torch.tensor([[5, 6], [90, 91]])
+    free = model.generate(ids, max_new_tokens=12, eos_token_id=[])[:, 2:].tolist()
+    assert model.tokenizer is not None
+    words = [model.tokenizer.decode([token]) for token in free[0]]
+    at = next(
+        n for n in range(1, 12) if words[n].strip().isascii() and words[n] and words[n] not in words[:n]
+    )
+    stop = words[at]
+    out = model.generate(
+        ids, max_new_tokens=12, eos_token_id=[], stop_strings=stop, tokenizer=model.tokenizer
+    )
+    ended = next(n for n in range(1, 13) if stop in model.tokenizer.decode(free[0][:n]))
+    assert out[0, 2:].tolist() == free[0][:ended] + [model.config.pad_token_id] * (out.shape[1] - 2 - ended)
+    assert out[1, 2:].tolist() == free[1] or stop in model.tokenizer.decode(free[1])
+    with pytest.raises(RequestError, match="stop is ''"):
+        model.generate(ids, stop_strings="")
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.tensor([[1, -1, 3]]), "token id -1; the vocabulary ends at"),
+        (torch.tensor([[1, 10**6]]), "token id 1000000"),
+        (torch.tensor([1, 2]), r"must be a tensor \[batch, tokens\]"),
+        ([[1, 2]], "must be a tensor"),
+        (torch.ones(1, 2), "of integers"),
+    ],
+)
+def test_ids_that_cannot_be_are_refused_by_the_pass_too(model: LanguageModel, ids: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        model(ids)
+
+
 def test_complete_tells_its_caller_too() -> None:
     heard: list[Result] = []
     found = tiny_language_model().complete("fox", max_new_tokens=2, on_finish=heard.append)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -193,9 +194,11 @@ def test_numbers_are_even_and_differ_by_seed_and_place() -> None:
     assert 0 <= float(numbers.min()) <= float(numbers.max()) < 1
 
 
-@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (0.4999, 1), (0.5, 3), (0.9999999999999999, 3)])
+@pytest.mark.parametrize(
+    ("number", "token"), [(0.0, 1), (0.4999, 1), (0.5, 3), (0.9999999999999999, 3), (1.0, 3)]
+)
 def test_a_number_falls_on_the_token_whose_part_it_is(number: float, token: int) -> None:
-    assert draw(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]), [number]) == [token]
+    assert draw(np.array([[0.0, 0.5, 0.0, 0.5, 0.0]], dtype=np.float32), [number]) == [token]
 
 
 # --- a step's rows ---------------------------------------------------------------------------

@@ -437,10 +437,43 @@ def test_padding_and_truncation_as_in_transformers() -> None:
     assert padded["input_ids"][1][-len(plain[1]) :] == plain[1]
 
 
+@pytest.mark.parametrize("text", [None, 5, ["a", None]])
+def test_what_is_no_text_is_refused(text: Any) -> None:
+    with pytest.raises(TokenizerError, match="text"):
+        small_tokenizer()(text)
+
+
+def test_ids_past_every_vocabulary_have_no_token() -> None:
+    assert small_tokenizer().convert_ids_to_tokens([-1, 10**9, 2**40]) == [None] * 3
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_chat_thinks_as_the_checkpoint_says(tmp_path: Path, thinks: bool) -> None:
+    small_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"glm5_chat": {"enable_thinking": thinks}}))
+    tokenizer, asked = Tokenizer.from_pretrained(tmp_path), [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(asked) == tokenizer.apply_chat_template(
+        asked, enable_thinking=thinks
+    )
+    (tmp_path / "config.json").write_text("{")
+    assert Tokenizer.from_pretrained(tmp_path).thinks
+
+
+def test_named_templates_without_a_default_are_told(tmp_path: Path) -> None:
+    small_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "tool_use", "template": "x"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(TokenizerError, match="chat_template has tool_use and no default"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         ({"padding": "nonsense"}, "padding is 'nonsense'"),
+        ({"truncation": "banana"}, "truncation is 'banana'"),
         ({"truncation": True}, "max_length is None"),
         ({"truncation": True, "max_length": 0}, "max_length is 0"),
         ({"return_token_type_ids": True}, "no argument 'return_token_type_ids'"),

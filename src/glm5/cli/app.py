@@ -47,6 +47,7 @@ Thinking = Annotated[bool | None, typer.Option("--think/--no-think", help="Reaso
 
 @app.command()
 def chat(
+    path: Annotated[str | None, typer.Argument(help="As --model.", show_default=False)] = None,
     model: Model = None,
     system: Annotated[str | None, typer.Option(help="A system message for every turn.")] = None,
     think: Thinking = None,
@@ -67,6 +68,9 @@ def chat(
     from glm5.cli.chat import run_piped, run_terminal
     from glm5.cli.conversation import ChatSession
 
+    if path is not None and model is not None:
+        raise typer.BadParameter(f"two models are named, {path} and {model}; name one")
+    model = model if path is None else path
     params = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     loaded = _load(model, dtype, device)
     if cache_dir is not None:
@@ -145,7 +149,10 @@ def quantize(
     source: Annotated[str, typer.Argument(help="Checkpoint directory (bf16, FP8, int4 of others) or .gguf.")],
     destination: Annotated[Path, typer.Argument(help="Directory to write.")],
     bits: Annotated[int, typer.Option(help="4 or 8, for every linear layer.")] = 4,
-    group: Annotated[int, typer.Option(help="Columns that share a scale: 32, 64, 128.")] = 64,
+    group: Annotated[
+        int | None,
+        typer.Option(help="Columns that share a scale: 32, 64, 128; default: the widest that fits."),
+    ] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option(
@@ -172,15 +179,25 @@ def quantize(
 ) -> None:
     """Write an int4 checkpoint that glm5, transformers and vLLM load. Goes on where it was stopped."""
     from glm5.cli.bars import loading_bar
+    from glm5.config import ModelConfig
     from glm5.hub import resolve
-    from glm5.quantize import Recipe, quantize
+    from glm5.quantize import Recipe, quantize, widest_group
     from glm5.quantize.calibration import calibration_of
 
-    recipe = Recipe.of(bits, group, changes or [], keep or [])
     path = Path(source) if source.lower().endswith(".gguf") else resolve(source)
+    if group is None:
+        group = widest_group(ModelConfig.from_pretrained(path)) if path.is_dir() else 64
+    recipe = Recipe.of(bits, group, changes or [], keep or [])
     text = calibration_of(path, method, calibration or [], calibration_tokens)
-    with loading_bar("quantizing") as progress:
-        receipt = quantize(path, destination, recipe, calibration=text, restart=restart, progress=progress)
+    streams.interruptible()
+    try:
+        with loading_bar("quantizing") as progress:
+            receipt = quantize(
+                path, destination, recipe, calibration=text, restart=restart, progress=progress
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the same command goes on, --restart begins anew ({destination})", err=True)
+        raise typer.Exit(130) from None
     typer.echo(
         f"{destination}: {receipt['total_bytes'] / 1e9:.3g} GB from {receipt['source_bytes'] / 1e9:.3g} GB, "
         f"{receipt['bits_per_quantized_weight']} bits a quantized weight, "

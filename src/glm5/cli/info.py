@@ -35,6 +35,8 @@ def describe(path: str) -> dict[str, Any]:
             place = resolve(path)
         if not place.exists():
             raise ConfigError(f"{path}: no such directory, and no preset ({', '.join(sorted(PRESETS))})")
+        if place.is_dir() or not place.name.endswith(".json"):
+            place = resolve(path)
         config, directory = ModelConfig.from_pretrained(place), place if place.is_dir() else None
     total, active = config.params_by_part(), config.params_by_part(active=True)
     facts: dict[str, Any] = {

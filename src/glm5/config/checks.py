@@ -144,5 +144,5 @@ def _check_experts(config: ModelConfig) -> None:
         )
     for key, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
         value = config.extra.get(key, only)
-        if value != only:
+        if value not in (None, only):
             raise ConfigError(f"{key} is {value!r}; only {only} is supported")

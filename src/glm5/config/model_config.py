@@ -26,6 +26,12 @@ ARCHITECTURES = {
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
 }
 
+# Switches that some writers put down as null for "as usual"; a width or a number of layers is never meant so.
+_MAY_BE_NULL = (
+    "attention_bias", "attention_dropout", "initializer_range", "use_qk_norm", "rope_theta",
+    "partial_rotary_factor", "rope_interleave", "indexer_rope_interleave", "n_group", "topk_group",
+    "norm_topk_prob",
+)  # fmt: skip
 _ALIASES = {
     "num_experts": "n_routed_experts",
     "num_local_experts": "n_routed_experts",
@@ -168,6 +174,8 @@ class ModelConfig:
             elif name in known:
                 if name != key and name in raw:
                     continue  # both the alias and the real key: the real key counts
+                if value is None and name in _MAY_BE_NULL:
+                    continue  # null is how some writers leave a key out
                 values[name] = _typed(name, known[name].type, value)
             else:
                 extra[key] = value

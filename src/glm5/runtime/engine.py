@@ -238,12 +238,12 @@ class Engine:
         if lines:
             rows = hidden if len(last) == len(hidden) else hidden[torch.tensor(last, device=self.device)]
             choices = choose(self.model.lm_head(rows.unsqueeze(0))[0], lines)
-        begin = at = 0
+        begin, at, now = 0, 0, time.monotonic()
         for (request, count, drafts), size in zip(work, counts, strict=True):
             first, known = request.held - size, request.held - drafts
             accepted = 0
             if known == len(request.tokens):
-                accepted = self._take(request, choices[at : at + drafts + 1])
+                accepted = self._take(request, choices[at : at + drafts + 1], now)
                 at += drafts + 1
                 request.statistics.steps += 1
                 request.timeline.length = known + accepted  # type: ignore[union-attr]
@@ -272,14 +272,14 @@ class Engine:
         self._last = (timelines, coming) if single else None
         return coming
 
-    def _take(self, request: Request, choices: Sequence[object]) -> int:
+    def _take(self, request: Request, choices: Sequence[object], now: float) -> int:
         """Accept tokens up to the first guess that was wrong; returns how many guesses were right."""
         accepted = 0
         for place, choice in enumerate(choices):
             if isinstance(choice, Glm5Error):
                 request.error = choice
                 break
-            request.take(choice)  # type: ignore[arg-type]
+            request.take(choice, now)  # type: ignore[arg-type]
             guesses = request.guesses
             if request.finished or place == len(guesses) or request.output_ids[-1] != guesses[place]:
                 break
@@ -293,7 +293,8 @@ class Engine:
 
     def _settle(self, work: Sequence[tuple[Request, int, int]]) -> None:
         """Share whole pages, and let go of what is finished."""
-        waited_for = {id(r.leader) for r in self.scheduler.waiting if r.leader is not None}  # type: ignore[attr-defined]
+        waiting: list[Request] = self.scheduler.waiting  # type: ignore[assignment]
+        waited_for = {id(r.leader) for r in waiting if r.leader is not None} if waiting else set()
         for request, count, drafts in work:
             if request.finished:
                 self._end(request)
@@ -411,6 +412,8 @@ class Engine:
         timeline = request.timeline
         assert timeline is not None
         missing = timeline.pages_missing(timeline.length + tokens)
+        if not missing:
+            return True
         if missing > self.pool.free_pages:
             short = missing - self.pool.free_pages
             self.prefixes.give_up(max(short, self.pool.num_pages // 64))

@@ -169,6 +169,7 @@ class LanguageModel(GlmForCausalLM):
         num_return_sequences: int = 1,
         use_cache: bool = True,
         streamer: Any = None,
+        stop_strings: str | Sequence[str] | None = None,
         **unknown: Any,
     ) -> Tensor:
         """Continue each row; returns int64 [B, P + N], prompts in front, ended rows padded.
@@ -182,6 +183,8 @@ class LanguageModel(GlmForCausalLM):
             change the text, False = never, True = always (on a GPU rounding may then change the text).
         num_draft_tokens: guesses a step; None = as many as pay.
         num_return_sequences: answers to each row, one below the other; the row is read once.
+        stop_strings: texts that end a row, which needs the model's own tokenizer; the tokens that spell one
+            stay, as in `transformers`.
         streamer: as in `transformers`: `put` with the prompt and each token of the one row, then `end`.
         num_beams, use_cache: for callers that state 1 and True; others are refused.
 
@@ -191,8 +194,11 @@ class LanguageModel(GlmForCausalLM):
         for name, value, only in (("num_beams", num_beams, 1), ("use_cache", use_cache, True)):
             if value != only:
                 raise RequestError(f"{name} is {value!r}; only {only} is supported")
+        # A tokenizer is stated beside stop_strings; the model's own is used.
+        unknown = {name: value for name, value in unknown.items() if name != "tokenizer"}
         if unknown:
             raise RequestError(f"generate has no argument {sorted(unknown)[0]!r}")
+        stops = SamplingParams(stop=() if stop_strings is None else stop_strings).stop  # type: ignore[arg-type]
         prompts = _unpadded(input_ids, attention_mask)
         if type(num_return_sequences) is not int or num_return_sequences < 1:
             raise RequestError(
@@ -222,7 +228,7 @@ class LanguageModel(GlmForCausalLM):
                 )
             if streamer is not None:
                 _feed_streamer(streamer, input_ids, self.engine.outputs(rows[0]))
-            results = [self._finish(row) for row in rows]
+            results = [self._finish(row, stops) for row in rows]
         finally:
             for row in rows:
                 if not row.finished:
@@ -335,9 +341,17 @@ class LanguageModel(GlmForCausalLM):
             raise RequestError("speculation does not know prefix attention; decode without use_mtp")
         return num_draft_tokens or 1
 
-    def _finish(self, request: Request) -> Result:
-        for _ in self.engine.outputs(request):
-            pass
+    def _finish(self, request: Request, stops: tuple[str, ...]) -> Result:
+        """Run to the end, or to the token with which a stop string is complete."""
+        text = TextStream(self._require_tokenizer(), stops) if stops else None
+        steps, given = self.engine.outputs(request), 0
+        for new in steps:
+            for token in new if text is not None else ():
+                given += 1
+                text.push(token)  # type: ignore[union-attr]
+                if text.stopped:  # type: ignore[union-attr]
+                    steps.close()  # type: ignore[attr-defined]
+                    return Result(request.output_ids[:given], "stop", request.statistics)
         return request.result()
 
     def _sampling(

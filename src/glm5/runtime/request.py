@@ -140,15 +140,15 @@ class Request:
         if not self.output_ids:
             self.statistics.queued = time.monotonic() - self._born
 
-    def take(self, choice: Choice) -> None:
-        """Add a token and see whether it ends the request."""
-        now = time.monotonic()
+    def take(self, choice: Choice, now: float) -> None:
+        """Add a token and see whether it ends the request. now: `time.monotonic()` of the step."""
+        statistics = self.statistics
         if not self.output_ids:
-            self._first, self.statistics.time_to_first_token = now, now - self._born
-        self.statistics.decode_seconds = now - self._first
+            self._first, statistics.time_to_first_token = now, now - self._born
+        statistics.decode_seconds = now - self._first
         self.sampler.take(choice.token)
         self.tokens.append(choice.token)
-        self.statistics.output_tokens += 1
+        statistics.output_tokens += 1
         if self.params.logprobs is not None:
             self.choices.append(choice)
         if choice.token in self.eos_ids:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -125,10 +126,13 @@ def choose(logits_MV: Tensor, rows: Sequence[Row]) -> list[Choice | Glm5Error]:
             for r in (rows[n] for n in members)
         ]
         # Relative to the best, so that a tiny temperature drives the others to -inf, not all to NaN.
-        scaled = (logits[members] - torch.tensor([heights[n] for n in members]).unsqueeze(1)) / torch.tensor(
-            heat
-        ).unsqueeze(1)
-        found = draw(probabilities(scaled, top_k=top_k, top_p=top_p, min_p=min_p), numbers)
+        tops = torch.tensor([heights[n] for n in members]).unsqueeze(1)
+        scaled = (logits[members] - tops) / torch.tensor(heat).unsqueeze(1)
+        if top_k or top_p < 1 or min_p:
+            weights = probabilities(scaled, top_k=top_k, top_p=top_p, min_p=min_p).numpy()
+        else:
+            weights = np.exp(scaled.numpy())  # in proportion; the draw asks for no more
+        found = draw(weights, numbers)
         for number, token in zip(members, found, strict=True):
             tokens[number] = token
     choices: list[Choice | Glm5Error] = []
@@ -198,16 +202,15 @@ def _nucleus(probabilities_MV: Tensor, top_p: float) -> Tensor:
     return probabilities_MV.masked_fill(~kept, 0.0)
 
 
-def draw(probabilities_MV: Tensor, numbers: Sequence[float]) -> list[int]:
+def draw(weights_MV: np.ndarray, numbers: Sequence[float]) -> list[int]:
     """The token at which the sum of a row passes its number from [0, 1), as a share of the whole sum."""
-    sums = probabilities_MV.double().cumsum(dim=-1)
-    targets = torch.tensor(numbers, dtype=torch.float64).unsqueeze(1) * sums[:, -1:]
-    found = torch.searchsorted(sums, targets, right=True).flatten().tolist()
-    last = sums.shape[-1] - 1
-    return [
-        token if token <= last else int(row.nonzero()[-1])
-        for token, row in zip(found, probabilities_MV, strict=True)
-    ]
+    sums = weights_MV.cumsum(axis=-1, dtype=np.float64)
+    found = []
+    for row, number in zip(sums, numbers, strict=True):
+        token = int(row.searchsorted(number * row[-1], side="right"))
+        # A number so near to 1 that the product is the whole sum means the last token that has any.
+        found.append(token if token < len(row) else int(row.searchsorted(row[-1], side="left")))
+    return found
 
 
 def uniform(seed: int, number: int) -> float:

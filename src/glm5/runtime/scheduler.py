@@ -108,7 +108,7 @@ class Scheduler:
     def __init__(self, limits: Limits, memory: Memory) -> None:
         self.limits, self._memory = limits, memory
         self.waiting: list[Task] = []
-        self.running: list[Task] = []
+        self.running: list[Task] = []  # by priority, then by age
         self.preemptions = 0
 
     def submit(self, task: Task) -> None:
@@ -140,14 +140,15 @@ class Scheduler:
         return plan
 
     def _decode(self, plan: Plan) -> None:
-        for task in _in_order(t for t in self.running if t.is_decoding):
-            if task not in self.running:
+        before = self.preemptions
+        for task in [t for t in self.running if t.is_decoding]:
+            if self.preemptions > before and task not in self.running:
                 continue  # it let go for one before it
             drafts = task.drafts
             if drafts and not self._memory.reserve(task, 1 + drafts):
                 drafts = 0
             while not self._memory.reserve(task, 1 + drafts):
-                last = _in_order(self.running)[-1]
+                last = self.running[-1]
                 self._preempt(last)
                 if last is task:
                     break
@@ -192,14 +193,15 @@ class Scheduler:
             self._memory.start(task)
             self.waiting.remove(task)
             self.running.append(task)
+            self.running.sort(key=_place)
             if task.is_decoding and self._memory.reserve(task, 1):
                 plan.work.append((task, 1, 0))
 
     def _make_room(self, plan: Plan) -> None:
         """Nothing that runs could be given a token: let go of the last ones until the first can go on."""
-        first = _in_order(self.running)[0]
+        first = self.running[0]
         while len(self.running) > 1:
-            self._preempt(_in_order(self.running)[-1])
+            self._preempt(self.running[-1])
             if self._prefill(plan, [first], self.limits.prefill_tokens):
                 return
         self._prefill(plan, [first], self.limits.prefill_tokens)
@@ -211,5 +213,9 @@ class Scheduler:
         self.preemptions += 1
 
 
+def _place(task: Task) -> tuple[int, int]:
+    return -task.priority, task.number
+
+
 def _in_order(tasks: Iterable[Task]) -> list[Task]:
-    return sorted(tasks, key=lambda t: (-t.priority, t.number))
+    return sorted(tasks, key=_place)

@@ -39,7 +39,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend.train_from_iterator(texts, trainer)
     found = backend.get_vocab_size() + len(SPECIAL_TOKENS)
     if found != vocab_size:
-        raise TokenizerError(f"the text gives {found} entries, tokenizer.vocab_size asks for {vocab_size}")
+        raise TokenizerError(
+            f"the text gives {found} entries, tokenizer.vocab_size asks for {vocab_size}; "
+            f"give more text, or --set tokenizer.vocab_size={found}"
+        )
     backend.add_tokens(
         [
             tokenizers.AddedToken(token, special=token not in _SHOWN, normalized=False)

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
+MODEL_CONFIG_FILE = "config.json"
 
 # Ten times the published files (20 MB, 10 kB, 11 kB), so that a wrong file is refused unread.
 _MAX_BYTES = {TOKENIZER_FILE: 256 << 20, CONFIG_FILE: 16 << 20, TEMPLATE_FILE: 1 << 20}
@@ -115,6 +116,7 @@ class Tokenizer:
         self.backend = backend
         self.config = dict(config or {})
         self.chat_template = chat_template
+        self.thinks = True  # does a chat begin with reasoning when nobody says?
         self.source = source
         self.dialect = dialect or (known_dialect(chat_template) if chat_template else None)
         self._text_backend = _without_added_tokens(backend)
@@ -152,6 +154,7 @@ class Tokenizer:
         config = _read_config(directory / CONFIG_FILE)
         template = _read_template(directory / TEMPLATE_FILE, config.pop("chat_template", None))
         tokenizer = cls(backend, config=config, chat_template=template, dialect=dialect, source=str(path))
+        tokenizer.thinks = _thinks(directory / MODEL_CONFIG_FILE)
         if template is not None and tokenizer.dialect is None:
             logger.warning(
                 "%s: chat template %s is not one that glm5 knows; it will run in a sandbox, "
@@ -274,7 +277,9 @@ class Tokenizer:
         return self._token(ids) if isinstance(ids, int) else [self._token(i) for i in ids]
 
     def _token(self, token_id: int | None) -> str | None:
-        found: str | None = None if token_id is None else self.backend.id_to_token(token_id)
+        if token_id is None or not 0 <= token_id < 1 << 32:
+            return None
+        found: str | None = self.backend.id_to_token(token_id)
         return found
 
     # --- text ------------------------------------------------------------------------------
@@ -372,7 +377,7 @@ class Tokenizer:
         text: str | Sequence[str],
         *,
         padding: bool | str = False,
-        truncation: bool = False,
+        truncation: bool | str = False,
         max_length: int | None = None,
         return_tensors: str | None = None,
         allow_special: bool = False,
@@ -394,12 +399,17 @@ class Tokenizer:
             raise TokenizerError(f"the tokenizer has no argument {name!r}; leave it out")
         if padding not in (True, False, "longest", "max_length", "do_not_pad"):
             raise TokenizerError(f"padding is {padding!r}; use True, 'max_length' or False")
+        if truncation not in (True, False, "longest_first", "do_not_truncate"):
+            raise TokenizerError(f"truncation is {truncation!r}; use True or False")
+        truncation = truncation in (True, "longest_first")
         needs_length = truncation or padding == "max_length"
         if needs_length and (type(max_length) is not int or max_length < 1):
             raise TokenizerError(
                 f"max_length is {max_length!r}; truncation and padding need a positive integer"
             )
         single = isinstance(text, str)
+        if not isinstance(text, str) and not isinstance(text, Sequence):
+            raise TokenizerError(f"text is {text!r}; give a string, or a list of strings")
         texts = [text] if isinstance(text, str) else list(text)
         rows = [self.encode(row, allow_special=allow_special) for row in texts]
         if truncation:
@@ -428,7 +438,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         tokenize: bool = True,
-        enable_thinking: bool = True,
+        enable_thinking: bool | None = None,
         clear_thinking: bool | None = None,
         reasoning_effort: str | None = None,
         return_tensors: str | None = None,
@@ -437,10 +447,13 @@ class Tokenizer:
     ) -> Any:
         """The prompt of a conversation: ids, or a RenderedChat string when not `tokenize`.
 
+        enable_thinking: None = as the checkpoint says, on where it says nothing.
         Arguments as in `chat_template.render`; `extra` reaches unknown templates only.
         `return_tensors="pt"` gives [1, T]; `return_dict` gives a BatchEncoding. Raises
         TemplateError naming the message and key that cannot be rendered.
         """
+        if enable_thinking is None:
+            enable_thinking = self.thinks
         if self.dialect is None:
             options = extra | {
                 "add_generation_prompt": add_generation_prompt,
@@ -559,6 +572,15 @@ def _tensor(rows: list[list[int]], kind: str) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
+def _thinks(path: Path) -> bool:
+    """What config.json says under `glm5_chat`, a key of ours that other readers pass over."""
+    try:
+        raw = read_json(path, error=TokenizerError).get("glm5_chat")
+    except TokenizerError:  # a tokenizer may come without a model
+        return True
+    return not (isinstance(raw, Mapping) and raw.get("enable_thinking") is False)
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     return read_json(path, limit=_MAX_BYTES[CONFIG_FILE], error=TokenizerError) if path.exists() else {}
 
@@ -570,6 +592,12 @@ def _read_template(path: Path, configured: Any) -> str | None:
     if isinstance(configured, list):  # named templates, an older habit
         named = {t.get("name"): t.get("template") for t in configured if isinstance(t, dict)}
         configured = named.get("default")
+        if configured is None and named:
+            names = ", ".join(sorted(str(name) for name in named))
+            raise TokenizerError(
+                f"{path.with_name(CONFIG_FILE)}: chat_template has {names} and no default; "
+                f"write the one that is wanted to {TEMPLATE_FILE}"
+            )
     if configured is not None and not isinstance(configured, str):
         raise TokenizerError(f"{path.with_name(CONFIG_FILE)}: chat_template must be a string")
     return configured

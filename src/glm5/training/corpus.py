@@ -139,7 +139,8 @@ def _files(directory: Path) -> list[Path]:
         ]
     except OSError as error:
         raise TrainingError(
-            f"{directory}: cannot be read ({error.strerror}); name your corpus folder"
+            f"{directory}: cannot be read ({error.strerror}); name the folder of your corpus with "
+            "--set data.corpus=DIR, or make the one of nano: python -m recipes.nano.build data/corpus"
         ) from None
     stems = Counter(path.stem for path in found)
     twice = next((stem for stem, count in stems.items() if count > 1), None)
