@@ -144,6 +144,7 @@ class Tokenizer:
         directory = Path(directory)
         path = directory / TOKENIZER_FILE
         text = read_text(path, limit=_MAX_BYTES[TOKENIZER_FILE], error=TokenizerError)
+        _refuse_what_aborts(path, text)
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except (KeyboardInterrupt, SystemExit):
@@ -579,6 +580,17 @@ def _thinks(path: Path) -> bool:
     except TokenizerError:  # a tokenizer may come without a model
         return True
     return not (isinstance(raw, Mapping) and raw.get("enable_thinking") is False)
+
+
+def _refuse_what_aborts(path: Path, text: str) -> None:
+    """`tokenizers` 0.22 ends the process where merges do not fit an affix; no byte-level BPE has one."""
+    try:
+        model = json.loads(text).get("model")
+    except (ValueError, RecursionError, AttributeError):
+        return  # it says itself what is wrong
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if isinstance(model, dict) and model.get(key):
+            raise TokenizerError(f"{path}: model.{key} is {model[key]!r}; GLM's byte-level BPE has none")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

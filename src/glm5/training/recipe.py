@@ -172,7 +172,7 @@ def read_recipe(path: str | Path, changes: dict[str, Any] | None = None) -> Reci
     text, source = _recipe_text(path)
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not TOML, or an endless number
         raise RecipeError(f"{source}: not TOML: {error}") from None
     for key, value in (changes or {}).items():
         _set_dotted(raw, key, value)
@@ -215,7 +215,7 @@ def parse_change(text: str) -> tuple[str, Any]:
         raise RecipeError(f"--set {text}: expected KEY=VALUE, e.g. run.steps=100")
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return key, value
 
 
