@@ -16,7 +16,7 @@ test: setup-dev
 # The random tests once more, with many times their cases: hours.
 SOAK ?= 100
 soak: setup-dev
-	GLM5_SOAK=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/layers tests/kernels tests/runtime
+	GLM5_SOAK=$(SOAK) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/layers tests/kernels tests/runtime tests/fuzz
 
 # Damaged files of every kind, 20,000 of them: a minute. FUZZ=1000 for half a million.
 FUZZ ?= 31

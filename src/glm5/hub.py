@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 EMBEDDED = "nano"
 SMALL_MODEL_BYTES = 1 << 30
+_LEAST_CONTEXT = 4096  # tokens that there must be room for
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # never ./name or ../name
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
@@ -70,18 +71,21 @@ def load(
 def _refuse_beyond_memory(
     checkpoint: Checkpoint, dtype: torch.dtype | None, quantize: SchemeOf | None
 ) -> None:
-    """Weights past all of the machine's memory would be written to swap, or end the process."""
-    from glm5.planner.bytes import weight_bytes
+    """Weights and a small cache past the machine's memory would be written to swap, or end the process."""
+    from glm5.planner.bytes import cache_bytes_per_token, weight_bytes
 
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    needed = weight_bytes(checkpoint, dtype, quantize).total
-    if needed > memory:
+    weights = weight_bytes(checkpoint, dtype, quantize).total
+    tokens = min(_LEAST_CONTEXT, checkpoint.config.max_position_embeddings)
+    cache = tokens * cache_bytes_per_token(checkpoint.config, dtype or checkpoint.float_dtype)
+    if weights + cache > memory:
         packed = checkpoint.is_packed or quantize is not None
         advice = "use a smaller model" if packed else "load_in_4bit=True, or `glm5 quantize`, takes a quarter"
         raise CheckpointError(
-            f"{checkpoint.directory}: its weights take {needed / 1e9:.1f} GB, this machine has "
+            f"{checkpoint.directory}: its weights take {weights / 1e9:.1f} GB and {tokens:,} tokens of cache "
+            f"{cache / 1e9:.1f} GB; this machine has "
             f"{memory / 1e9:.1f} GB of memory; {advice}"
         )
 

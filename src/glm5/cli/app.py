@@ -201,7 +201,7 @@ def quantize(
     typer.echo(
         f"{destination}: {receipt['total_bytes'] / 1e9:.3g} GB from {receipt['source_bytes'] / 1e9:.3g} GB, "
         f"{receipt['bits_per_quantized_weight']} bits a quantized weight, "
-        f"{receipt['bytes_per_token'] / 1e6:.4g} MB a token"
+        f"{receipt['bytes_per_token'] / 1e6:.4g} MB a token\ntalk to it: glm5 chat {destination}"
     )
     if evaluate:
         from glm5.evaluation.compare import evaluate as compare
