@@ -43,6 +43,9 @@ class FakeModel:
     def parameters(self) -> list[nn.Parameter]:
         return []
 
+    def buffers(self) -> list[Tensor]:
+        return []
+
     def extend(self, ids_N: Tensor, coming: Any) -> Tensor:
         self.steps += 1
         if self.steps in self.fails_at:

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import chain
 
 import psutil
 import torch
@@ -21,7 +22,7 @@ from glm5.model.transformer import GlmForCausalLM
 from glm5.planner.bytes import cache_bytes_per_token
 from glm5.runtime.cache import PAGE_TOKENS, Coming, PagePool
 from glm5.runtime.cache import Sequence as Timeline
-from glm5.runtime.prefixes import PrefixTree
+from glm5.runtime.pages import PageMemory
 from glm5.runtime.request import Request, checked
 from glm5.runtime.sampling import Row, choose
 from glm5.runtime.sampling_params import SamplingParams
@@ -63,15 +64,13 @@ class Engine:
             raise RequestError(f"cache_tokens is {cache_tokens!r}; it must be an integer from 2")
         pages = -(-cache_tokens // page_tokens)
         options = {"dtype": self.dtype, "device": self.device, "page_tokens": page_tokens}
-        self.pool = PagePool(self.config, pages, **options)  # type: ignore[arg-type]
+        if store is not None and self.device.type != "cpu":
+            raise RequestError("a cache folder is for models on the CPU")
+        self.memory = PageMemory(PagePool(self.config, pages, **options), store)  # type: ignore[arg-type]
         draft_pool = None
         if len(model.mtp) > 0 and self.config.attention_mask_type != "prefix":
             first = self.config.num_hidden_layers
             draft_pool = PagePool(self.config, pages, layers=range(first, first + 1), **options)  # type: ignore[arg-type]
-        self.prefixes = PrefixTree(self.pool)
-        if store is not None and self.device.type != "cpu":
-            raise RequestError("a cache folder is for models on the CPU")
-        self.store = store
         self.scheduler = Scheduler(limits or Limits(), self)
         self.speculator = Speculator(model, draft_pool)
         self.speculates = rows_are_exact(model)
@@ -82,6 +81,10 @@ class Engine:
         self.lock = threading.RLock()
         self._weights = self._version()
         _engines.add(self)
+
+    @property
+    def pool(self) -> PagePool:
+        return self.memory.pool
 
     @property
     def cache_tokens(self) -> int:
@@ -304,15 +307,9 @@ class Engine:
             size = self.pool.page_tokens
             before, now = timeline.length - count - drafts, timeline.length
             if id(request) in waited_for and len(request.output_ids) == 1:
-                self._know(request, now)
+                self.memory.know(request, now)
             elif before // size != now // size:
-                self._know(request, now // size * size)
-
-    def _know(self, request: Request, length: int) -> None:
-        timeline = request.timeline
-        assert timeline is not None
-        size = self.pool.page_tokens
-        self.prefixes.add(request.tokens[:length], timeline.pages[: -(-length // size)], request.salt)
+                self.memory.know(request, now // size * size)
 
     def _end(self, request: Request) -> None:
         self.scheduler.remove(request)
@@ -349,107 +346,38 @@ class Engine:
     # ---------------------------------------------------------------- memory, for the scheduler
 
     def start(self, task: Task) -> None:
-        """Give a request the pages that hold its beginning already; its last token is always read."""
         request: Request = task  # type: ignore[assignment]
-        request.timeline = Timeline(self.pool)
-        if self.store is not None:
-            self._fetch(request, self.store)
-        pages, count = self.prefixes.find(request.tokens, request.salt)
-        count = min(count, len(request.tokens) - 1)
-        if count < request.prefix - 1:  # each of its tokens sees all of them
-            count = 0
-        for page in pages[: -(-count // self.pool.page_tokens)]:
-            request.timeline.append(self.pool.share(page))
-        request.timeline.length = count
-        if not request.output_ids:
-            request.statistics.cached_tokens = count
+        self.memory.start(request)
         request.started()
         self.speculator.begin(request)
 
-    def _fetch(self, request: Request, store: PageStore) -> None:
-        """Take what the folder has of the request's beginning into the tree, as far as there is room."""
-        size, tokens = self.pool.page_tokens, request.tokens
-        pages, count = self.prefixes.find(tokens, request.salt)
-        pages = [self.pool.share(page) for page in pages[: count // size]]
-        key = store.first_key(request.salt)
-        for number in range((len(tokens) - 1) // size):
-            key = store.next_key(key, tokens[number * size : (number + 1) * size])
-            if number < len(pages):
-                continue
-            if self.pool.free_pages < 2 and not self.prefixes.give_up(self.pool.num_pages // 64 + 1):
-                break
-            page = self.pool.take()
-            pages.append(page)
-            if not store.load(key, self.pool, page):
-                self.pool.drop(pages.pop())
-                break
-        self.prefixes.add(tokens[: len(pages) * size], pages, request.salt)
-        for page in pages:
-            self.pool.drop(page)
-
-    def _keep(self, request: Request, store: PageStore) -> None:
-        """Write the request's whole pages to the folder."""
-        timeline = request.timeline
-        assert timeline is not None
-        size, key = self.pool.page_tokens, store.first_key(request.salt)
-        for number in range(timeline.length // size):
-            key = store.next_key(key, request.tokens[number * size : (number + 1) * size])
-            # What it had to read itself is not in the folder, or is damaged there.
-            anew = number >= request.statistics.cached_tokens // size
-            store.save(key, self.pool, timeline.pages[number], anew=anew)
-
     def fits(self, task: Task, tokens: int) -> bool:
-        wanted = -(-tokens // self.pool.page_tokens)
-        for other in self.scheduler.running:  # each reads the rest of its prompt, and grows
-            timeline: Timeline = other.timeline  # type: ignore[attr-defined]
-            wanted += 1 + timeline.pages_missing(timeline.length + other.pending)
-        if wanted <= self.pool.free_pages:
-            return True
-        return wanted <= self.pool.free_pages + self.prefixes.reclaimable()
+        return self.memory.fits(self.scheduler.running, tokens)  # type: ignore[arg-type]
 
     def reserve(self, task: Task, tokens: int) -> bool:
-        request: Request = task  # type: ignore[assignment]
-        timeline = request.timeline
-        assert timeline is not None
-        missing = timeline.pages_missing(timeline.length + tokens)
-        if not missing:
-            return True
-        if missing > self.pool.free_pages:
-            short = missing - self.pool.free_pages
-            self.prefixes.give_up(max(short, self.pool.num_pages // 64))
-        if missing > self.pool.free_pages:
-            return False
-        timeline.reserve(timeline.length + tokens)
-        return True
+        return self.memory.reserve(task, tokens)  # type: ignore[arg-type]
 
     def let_go(self, task: Task) -> None:
-        """What a request has read stays known for as long as nobody needs the room."""
         request: Request = task  # type: ignore[assignment]
-        if request.timeline is not None:
-            self._know(request, request.timeline.length)
-            if self.store is not None:
-                self._keep(request, self.store)
-            request.timeline.release()
-            request.timeline = None
-            if not request.finished:
-                request.statistics.preemptions += 1
+        self.memory.let_go(request)
         self.speculator.end(request)
 
     def forget(self) -> None:
         """Give up every page that no running request holds."""
         with self.lock:
-            self.prefixes.clear()
+            self.memory.forget()
 
     def _forget_changed_weights(self) -> None:
         version = self._version()
         if version != self._weights:
             self._weights = version
-            self.prefixes.clear()
-            self.store = None  # its pages are of the weights that were loaded
+            self.memory.forget()
+            self.memory.store = None  # its pages are of the weights that were loaded
 
     def _version(self) -> int:
         """Another number once a weight was assigned or changed in place."""
-        return hash(tuple((id(p), 0 if p.is_inference() else p._version) for p in self.model.parameters()))
+        weights = chain(self.model.parameters(), self.model.buffers())
+        return hash(tuple((id(w), 0 if w.is_inference() else w._version) for w in weights))
 
     def _after_fork(self) -> None:
         """In a child process: nobody holds the lock, and the parent's requests are the parent's."""
