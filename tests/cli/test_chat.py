@@ -229,6 +229,8 @@ def test_a_conversation_is_saved_and_loaded(
         '{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}',
         '{"messages": [], "system": 5}', '{"messages": [], "params": {"foo": 1}}',
         '{"messages": [], "params": {"top_p": 7}}', '{"messages": [], "enable_thinking": "x"}',
+        '{"messages": [{"content": "a"}, {"role": "user", "content": "b"}]}',
+        '{"messages": [], "system": "\\ud800"}',
     ],
 )  # fmt: skip
 def test_a_damaged_conversation_is_refused_and_changes_nothing(
@@ -241,7 +243,14 @@ def test_a_damaged_conversation_is_refused_and_changes_nothing(
     assert said.startswith("error: ")
     assert "\n" not in said
     assert (session._turns, session.system, session.params) == before
-    for words in ("/save /dev/null/x", f"/save {tmp_path}", "/load /nowhere", "/load", "/save"):
+    for words in (
+        "/save /dev/null/x",
+        f"/save {tmp_path}",
+        "/load /nowhere",
+        "/load",
+        "/save",
+        "/save ~nosuchuser/x",
+    ):
         assert (run_command(session, words) or "").startswith("error: "), words
 
 

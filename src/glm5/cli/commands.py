@@ -39,6 +39,8 @@ def run_command(session: ChatSession, text: str) -> str | None:
         return f"error: {error}"
     except OSError as error:
         return f"error: {error.filename or rest}: {error.strerror}"
+    except (RuntimeError, ValueError) as error:  # a home that is nobody's, a name with a zero byte
+        return f"error: {rest}: {error}"
 
 
 def _run(session: ChatSession, word: str, rest: str) -> str | None:

@@ -150,9 +150,7 @@ class ChatSession:
         turns = raw.get("messages")
         turns = turns if isinstance(turns, list) else [None]
         whole = all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in turns)
-        if not whole or [t["role"] for t in turns if "role" in t] != ["user", "assistant"] * (
-            len(turns) // 2
-        ):
+        if not whole or [turn.get("role") for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
             raise RequestError(f"{path}: messages must be user and assistant in turn, each with a content")
         system, thinking = raw.get("system", ""), raw.get("enable_thinking", self.enable_thinking)
         params = raw.get("params", {})
@@ -160,6 +158,10 @@ class ChatSession:
             raise RequestError(
                 f"{path}: system must be text, enable_thinking true or false, params an object"
             )
+        try:
+            "".join([system, *(turn["content"] for turn in turns)]).encode()
+        except UnicodeEncodeError:
+            raise RequestError(f"{path}: a text has half a surrogate pair, which is no character") from None
         unknown = next((name for name in params if name not in SETTINGS), None)
         if unknown is not None:
             raise RequestError(f"{path}: params.{unknown} cannot be set; known: {', '.join(SETTINGS)}")

@@ -7,8 +7,6 @@ T tokens.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +16,7 @@ from glm5.formats.packing import dequantize, words_per_row
 from glm5.kernels import cpu, cuda
 from glm5.kernels.memory import empty_weights
 from glm5.layers.movable import NATIVE, Movable, runs_natively
+from glm5.lazy import lazy
 
 
 class PackedLinear(Movable):
@@ -122,7 +121,7 @@ class PackedExperts(Movable):
     def shape(self, projection: str) -> tuple[int, int]:
         return (self.hidden, self.width) if projection == "down_proj" else (self.width, self.hidden)
 
-    @cached_property
+    @lazy
     def parts(self) -> dict[str, tuple[slice, slice]]:
         """The bytes of an expert's codes and scales within its run, by projection."""
         parts, at = {}, 0

@@ -5,12 +5,11 @@ Letters: B rows, T queries, N = B T, S slots, K selected.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
 from glm5.kernels.slots import Slots
+from glm5.lazy import lazy
 from glm5.model.indexer import Selection
 from glm5.model.masks import Visibility
 from glm5.model.step import Part
@@ -31,8 +30,8 @@ class SlotSelection(Selection):
         own = Slots(slots[part.tokens], counts[part.tokens])
         return SlotSelection(own, 1, part.visible.num_keys, self.topk)
 
-    @cached_property
-    def mask_BTS(self) -> Tensor:  # type: ignore[override]
+    @lazy
+    def mask_BTS(self) -> Tensor:
         batch, queries, keys = self._shape
         slots = self.chosen.slots
         assert slots is not None

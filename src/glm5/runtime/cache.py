@@ -9,7 +9,6 @@ Letters: N new tokens of a step, R sequences, S tokens held of one, P tokens of 
 from __future__ import annotations
 
 from collections.abc import Sequence as Series
-from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from glm5.config import ModelConfig
 from glm5.errors import RequestError
 from glm5.kernels.memory import empty_weights
+from glm5.lazy import lazy
 from glm5.model.masks import TokenPositions, Visibility, visibility
 from glm5.model.step import Part, Places
 
@@ -250,7 +250,7 @@ class Coming:
             self.__dict__.pop(made, None)
         return True
 
-    @cached_property
+    @lazy
     def _slots(self) -> np.ndarray:
         """int64 [N], each token's slot in its sequence."""
         if len(self._counts) == 1:
@@ -259,12 +259,12 @@ class Coming:
             return np.array(self._starts)
         return np.concatenate([np.arange(a, b) for a, b in zip(self._starts, self._ends, strict=True)])
 
-    @cached_property
+    @lazy
     def positions(self) -> Tensor:
         """int64 [1, N]."""
         return torch.from_numpy(self._slots).to(self._pool.device).unsqueeze(0)
 
-    @cached_property
+    @lazy
     def _limits(self) -> np.ndarray:
         limits = self._slots + 1
         if self._prefixes is not None:
@@ -272,7 +272,7 @@ class Coming:
             limits = np.where(self._slots < prefixes, np.maximum(prefixes, limits), limits)
         return limits
 
-    @cached_property
+    @lazy
     def places(self) -> Places:
         tables = [sequence.table for sequence in self._sequences]
         starts = [0, *accumulate(len(table) for table in tables[:-1])]
@@ -288,7 +288,7 @@ class Coming:
             causal=self._prefixes is None,
         )
 
-    @cached_property
+    @lazy
     def parts(self) -> list[Part]:
         found, begin = [], 0
         for number, count in enumerate(self._counts):
@@ -306,14 +306,14 @@ class Coming:
         slots = torch.arange(end, device=self._pool.device).unsqueeze(0)
         return visibility(TokenPositions(slots[:, start:]), TokenPositions(slots, prefix=slots < prefix))
 
-    @cached_property
+    @lazy
     def written(self) -> Tensor:
         """int64 [N], where the new tokens lie in a buffer [pages * P, ..]."""
         sizes = [range(a, b) for a, b in zip(self._starts, self._ends, strict=True)]
         flat = [self._flat(s, r.start, r.stop) for s, r in zip(self._sequences, sizes, strict=True)]
         return torch.from_numpy(np.concatenate(flat)).to(self._pool.device)
 
-    @cached_property
+    @lazy
     def held(self) -> list[slice | Tensor]:
         """For each sequence where all that it holds lies; a slice where its pages follow each other."""
         found: list[slice | Tensor] = []

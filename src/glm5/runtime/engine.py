@@ -62,24 +62,36 @@ class Engine:
             cache_tokens = default_cache_tokens(model)
         elif type(cache_tokens) is not int or cache_tokens < 2:
             raise RequestError(f"cache_tokens is {cache_tokens!r}; it must be an integer from 2")
+        if limits is not None and not isinstance(limits, Limits):
+            raise RequestError(f"limits is {limits!r}; it must be Limits(...)")
+        if page_tokens < 1 or page_tokens & (page_tokens - 1):
+            raise RequestError(f"page_tokens is {page_tokens}; it must be a power of two")
         pages = -(-cache_tokens // page_tokens)
         options = {"dtype": self.dtype, "device": self.device, "page_tokens": page_tokens}
         if store is not None and self.device.type != "cpu":
             raise RequestError("a cache folder is for models on the CPU")
-        self.memory = PageMemory(PagePool(self.config, pages, **options), store)  # type: ignore[arg-type]
-        draft_pool = None
-        if len(model.mtp) > 0 and self.config.attention_mask_type != "prefix":
-            first = self.config.num_hidden_layers
-            draft_pool = PagePool(self.config, pages, layers=range(first, first + 1), **options)  # type: ignore[arg-type]
+        # Not tensors of inference mode, whoever makes the first call: they are written outside of it too.
+        with torch.inference_mode(False):
+            try:
+                self.memory = PageMemory(PagePool(self.config, pages, **options), store)  # type: ignore[arg-type]
+                draft_pool = None
+                if len(model.mtp) > 0 and self.config.attention_mask_type != "prefix":
+                    first = self.config.num_hidden_layers
+                    layers = range(first, first + 1)
+                    draft_pool = PagePool(self.config, pages, layers=layers, **options)  # type: ignore[arg-type]
+            except (OSError, OverflowError, MemoryError, RuntimeError) as error:
+                raise RequestError(f"a cache of {cache_tokens:,} tokens cannot be had: {error}") from None
         self.scheduler = Scheduler(limits or Limits(), self)
         self.speculator = Speculator(model, draft_pool)
         self.speculates = rows_are_exact(model)
         self.steps = 0
+        self._stepping = False
+        self._generation = 0  # of the weights: what was read with others is not shared
         self._last: tuple[list[Timeline], Coming] | None = None
         self._clock = clock
         self._count = 0
         self.lock = threading.RLock()
-        self._weights = self._version()
+        self._weights = weights_version(model)
         _engines.add(self)
 
     @property
@@ -103,6 +115,7 @@ class Engine:
         num_draft_tokens: int | None = None,
         leader: Request | None = None,
         keeps: bool = False,
+        waits: bool = False,
         where: str = "the prompt",
     ) -> Request:
         """Put a request in the queue; it runs while somebody waits for any.
@@ -110,13 +123,14 @@ class Engine:
         priority: larger ones come first. owner: prompts of different owners share no pages. num_draft_tokens:
         guesses a step; 0 = none, None = as many as pay, where they cannot change the text. leader: a request
         with the same prompt, whose reading this one waits for. keeps: what it read is held for the caller
-        (`Request.kept`), who releases it.
+        (`Request.kept`), who releases it. waits: run steps while the queue is full.
 
         Raises:
             RequestError: with the numbers, the prompt is empty, too long or out of the vocabulary.
             QueueFullError: too many wait.
         """
-        ids, params = checked(self.config, prompt_ids, params or SamplingParams(), where)
+        _check_options(priority, owner, num_draft_tokens)
+        ids, params = checked(self.config, prompt_ids, SamplingParams() if params is None else params, where)
         if len(ids) + min(params.max_new_tokens, 1) > self.cache_tokens:
             raise RequestError(
                 f"{where} has {len(ids)} tokens; the cache holds {self.cache_tokens}, new ones included; "
@@ -128,11 +142,11 @@ class Engine:
             num_draft_tokens = 0
         eos = frozenset() if params.ignore_eos else frozenset(self.config.eos_token_ids)
         prefix = len(ids) if self.config.attention_mask_type == "prefix" else 0
-        salt: Hashable = owner
         if prefix:  # what a token is depends on the whole prompt
-            salt, num_draft_tokens = (owner, tuple(ids)), 0
+            num_draft_tokens = 0
         with self.lock:
             self._forget_changed_weights()
+            salt = (self._generation, owner, tuple(ids) if prefix else None)
             request = Request(
                 self._count, ids, params, eos | frozenset(params.stop_token_ids), priority=priority,
                 salt=salt, prefix=prefix, num_draft_tokens=num_draft_tokens,
@@ -141,6 +155,8 @@ class Engine:
             if params.max_new_tokens == 0:
                 request.finish_reason = "length"
                 return request
+            while waits and self.scheduler.is_full and self.step():
+                pass
             self.scheduler.submit(request)
             self._count += 1
         return request
@@ -152,12 +168,17 @@ class Engine:
         if type(count) is not int or count < 1:
             raise RequestError(f"the number of answers is {count!r}; it must be an integer from 1")
         found: list[Request] = []
-        for number in range(count):
-            seed = None if params.seed is None else (params.seed + number) % 2**63
-            leader = found[0] if found else None
-            found.append(
-                self.submit(prompt_ids, params.with_changes(seed=seed), leader=leader, **options)  # type: ignore[arg-type]
-            )
+        try:
+            for number in range(count):
+                seed = None if params.seed is None else (params.seed + number) % 2**63
+                leader = found[0] if found else None
+                found.append(
+                    self.submit(prompt_ids, params.with_changes(seed=seed), leader=leader, **options)  # type: ignore[arg-type]
+                )
+        except BaseException:
+            for request in found:
+                self.cancel(request)
+            raise
         return found
 
     def cancel(self, request: Request) -> None:
@@ -165,7 +186,8 @@ class Engine:
         request.cancelled = True
         if self.lock.acquire(blocking=False):
             try:
-                self._drop_cancelled()
+                if not self._stepping:  # a callback, or the garbage collector, in the middle of a step
+                    self._drop_cancelled()
             finally:
                 self.lock.release()
 
@@ -196,7 +218,7 @@ class Engine:
             with self.lock:
                 waits = len(request.output_ids) <= given and not request.finished
                 if waits and not self.step() and not request.finished:
-                    request.error = RequestError("the engine has nothing to run; was the request made by it?")
+                    self._end_with(request, RequestError("the request is of another engine"))
 
     def run(self) -> None:
         """Run steps until nothing is left to do."""
@@ -208,29 +230,78 @@ class Engine:
     def step(self) -> bool:
         """One pass of the model over what the scheduler chose; False when there is nothing to do."""
         with self.lock:
-            self._drop_cancelled()
-            plan = self.scheduler.plan()
-            if not plan.work:
-                return False
+            if self._stepping:
+                raise RequestError("a step cannot run inside of a step")
+            self._stepping = True
             try:
                 with torch.inference_mode():
-                    self._run(plan)
-            except Exception as error:
-                self._fail(plan, error)
-            self.steps += 1
+                    return self._step()
+            finally:
+                self._stepping = False
+
+    def _step(self) -> bool:
+        self._drop_cancelled()
+        try:
+            plan = self.scheduler.plan()
+        except Exception:
+            for task in [*self.scheduler.running, *self.scheduler.waiting]:
+                self._end_with(task, RequestError("the engine failed while it chose what to run"))
+            raise
+        if not plan.work:
+            return self._unblock()
+        try:
+            self._run(plan)
+        except Exception as error:
+            self._fail(plan, error)
+        except BaseException:  # Ctrl-C in the middle: what was not finished is done again
+            self._put_back(plan)
+            raise
+        finally:
+            self._drop_cancelled()
+        self.steps += 1
         return True
+
+    def _unblock(self) -> bool:
+        """Nothing can run: where something waits, sessions hold the memory that it needs."""
+        waiting = [*self.scheduler.running, *(t for t in self.scheduler.waiting if t.may_start)]
+        if not waiting:
+            return False
+        self._end_with(
+            waiting[0],
+            RequestError(
+                f"the cache of {self.cache_tokens:,} tokens has no room for the request; close sessions, or "
+                "give the engine more cache_tokens"
+            ),
+        )
+        return True
+
+    def _put_back(self, plan: Plan) -> None:
+        """Requests of a step that was broken off can go on: a token that was not taken is read again."""
+        self._last = None
+        for task, _, _ in plan.work:
+            request: Request = task  # type: ignore[assignment]
+            request.guesses = []
+            if request.finished:
+                self._end(request)
+            elif request.timeline is None:
+                self._end_with(request, RequestError("the request was broken off"))
+            else:
+                request.timeline.length = min(request.timeline.length, len(request.tokens) - 1)
+                self.speculator.end(request)
+                self.speculator.begin(request)
 
     def _run(self, plan: Plan) -> None:
         started = self._clock()
         work: list[tuple[Request, int, int]] = plan.work  # type: ignore[assignment]
         ids: list[int] = []
-        counts, lines, last = [], [], []
+        counts, lines, last, gives = [], [], [], []
         for request, count, drafts in work:
             request.guesses = request.guesses[:drafts]
             held = request.held
             ids += request.tokens[held : held + count] + request.guesses
             counts.append(count + drafts)
-            if held + count == len(request.tokens):
+            gives.append(held + count == len(request.tokens))
+            if gives[-1]:
                 last += [len(ids) - 1 - back for back in range(drafts, -1, -1)]
                 lines += [Row(request.sampler, tuple(request.guesses[:n])) for n in range(drafts + 1)]
         timelines = [request.timeline for request, _, _ in work if request.timeline is not None]
@@ -242,10 +313,10 @@ class Engine:
             rows = hidden if len(last) == len(hidden) else hidden[torch.tensor(last, device=self.device)]
             choices = choose(self.model.lm_head(rows.unsqueeze(0))[0], lines)
         begin, at, now = 0, 0, time.monotonic()
-        for (request, count, drafts), size in zip(work, counts, strict=True):
+        for (request, count, drafts), size, wants in zip(work, counts, gives, strict=True):
             first, known = request.held - size, request.held - drafts
             accepted = 0
-            if known == len(request.tokens):
+            if wants:
                 accepted = self._take(request, choices[at : at + drafts + 1], now)
                 at += drafts + 1
                 request.statistics.steps += 1
@@ -368,22 +439,36 @@ class Engine:
             self.memory.forget()
 
     def _forget_changed_weights(self) -> None:
-        version = self._version()
+        version = weights_version(self.model)
         if version != self._weights:
             self._weights = version
+            self._generation += 1  # what running requests read is of the old ones
             self.memory.forget()
             self.memory.store = None  # its pages are of the weights that were loaded
-
-    def _version(self) -> int:
-        """Another number once a weight was assigned or changed in place."""
-        weights = chain(self.model.parameters(), self.model.buffers())
-        return hash(tuple((id(w), 0 if w.is_inference() else w._version) for w in weights))
 
     def _after_fork(self) -> None:
         """In a child process: nobody holds the lock, and the parent's requests are the parent's."""
         self.lock = threading.RLock()
+        self._stepping, self._last = False, None
         for task in [*self.scheduler.running, *self.scheduler.waiting]:
             self._end_with(task, RequestError("the request belongs to the parent process"))
+
+
+def weights_version(model: GlmForCausalLM) -> int:
+    """Another number once a weight was assigned or changed in place."""
+    weights = chain(model.parameters(), model.buffers())
+    return hash(tuple((id(w), 0 if w.is_inference() else w._version) for w in weights))
+
+
+def _check_options(priority: object, owner: object, num_draft_tokens: object) -> None:
+    if type(priority) is not int:
+        raise RequestError(f"priority is {priority!r}; it must be an integer")
+    try:
+        hash(owner)
+    except TypeError:
+        raise RequestError(f"owner is {owner!r}; it must be a name or a number") from None
+    if num_draft_tokens is not None and (type(num_draft_tokens) is not int or num_draft_tokens < 0):
+        raise RequestError(f"num_draft_tokens is {num_draft_tokens!r}; it must be an integer from 0, or None")
 
 
 def default_cache_tokens(model: GlmForCausalLM) -> int:

@@ -22,7 +22,7 @@ from glm5.kernels import cpu
 from glm5.layers.loading import load_model
 from glm5.model.transformer import GlmForCausalLM
 from glm5.runtime.cache import PAGE_TOKENS
-from glm5.runtime.engine import Engine
+from glm5.runtime.engine import Engine, weights_version
 from glm5.runtime.forking import answer_after_forks
 from glm5.runtime.generation_config import (
     sampling_defaults,
@@ -35,6 +35,7 @@ from glm5.runtime.sampling_params import SamplingParams
 from glm5.runtime.scheduler import Limits
 from glm5.runtime.session import Session
 from glm5.runtime.store import PageStore
+from glm5.runtime.streams import Stream
 from glm5.text.control_tokens import GMASK, SOP
 from glm5.text.stream import TextStream
 from glm5.text.tokenizer import TOKENIZER_FILE, RenderedChat, Tokenizer
@@ -61,6 +62,7 @@ class LanguageModel(GlmForCausalLM):
         self._engine: Engine | None = None
         # Names the weights as they were loaded; None = they are no checkpoint's.
         self.fingerprint: str | None = None
+        self._loaded = 0  # the version of the weights then
 
     @classmethod
     def load(
@@ -85,6 +87,7 @@ class LanguageModel(GlmForCausalLM):
             checkpoint, dtype=dtype, device=device, progress=progress, build=cls, quantize=quantize
         )
         model.defaults, model.tokenizer = defaults, tokenizer
+        model._loaded = weights_version(model)
         model.fingerprint = f"{checkpoint.fingerprint} {model.dtype} {'rounded' if quantize else 'stored'}"
         if ends:  # as in `transformers`, it counts before config.json
             model.config = model.config.with_changes(eos_token_id=ends)
@@ -131,10 +134,16 @@ class LanguageModel(GlmForCausalLM):
         """
         store = None
         if cache_dir is not None:
-            if self.fingerprint is None:
-                raise RequestError("a cache folder is for models that were loaded from a checkpoint")
+            if self.fingerprint is None or self._loaded != weights_version(self):
+                raise RequestError(
+                    "a cache folder is for models loaded from a checkpoint, and not changed or moved since"
+                )
+            try:
+                folder = Path(cache_dir).expanduser()
+            except (RuntimeError, TypeError) as error:
+                raise RequestError(f"cache_dir is {cache_dir!r}: {error}") from None
             about = f"{self.fingerprint} {PAGE_TOKENS} {cpu.instruction_set()} {len(self.mtp)}"
-            store = PageStore(Path(cache_dir).expanduser(), about, max_bytes=cache_dir_bytes)
+            store = PageStore(folder, about, max_bytes=cache_dir_bytes)
         self._engine = Engine(self, cache_tokens=cache_tokens, limits=limits, store=store)
         return self._engine
 
@@ -207,6 +216,12 @@ class LanguageModel(GlmForCausalLM):
         if streamer is not None and len(prompts) * num_return_sequences != 1:
             count = len(prompts) * num_return_sequences
             raise RequestError(f"a streamer is for one row at a time, not {count}")
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise RequestError(f"streamer is {streamer!r}; it must have put and end")
+        for name, given in (("max_length", max_length), ("pad_token_id", pad_token_id)):
+            if given is not None and (type(given) is not int or given < 0):
+                raise RequestError(f"{name} is {given!r}; it must be an integer from 0")
+        SamplingParams(seed=seed)
         if max_new_tokens is None:
             max_new_tokens = 20 if max_length is None else max(0, max_length - input_ids.shape[1])
         if do_sample and temperature == 0:
@@ -221,10 +236,12 @@ class LanguageModel(GlmForCausalLM):
         rows: list[Request] = []
         try:
             for number, prompt in enumerate(prompts):
-                own = params.with_changes(seed=None if seed is None else seed + number * num_return_sequences)
+                own = params.with_changes(
+                    seed=None if seed is None else (seed + number * num_return_sequences) % 2**63
+                )
                 where = f"prompt {number}" if len(prompts) > 1 else "the prompt"
                 rows += self.engine.submit_all(
-                    prompt, own, num_return_sequences, num_draft_tokens=drafts, where=where
+                    prompt, own, num_return_sequences, num_draft_tokens=drafts, where=where, waits=True
                 )
             if streamer is not None:
                 _feed_streamer(streamer, input_ids, self.engine.outputs(rows[0]))
@@ -293,10 +310,14 @@ class LanguageModel(GlmForCausalLM):
     ) -> Iterator[str]:
         """`stream` of a prompt whose ids are known."""
         wanted = self.defaults.with_changes(**params)
+        if on_finish is not None and not callable(on_finish):
+            raise RequestError(f"on_finish is {on_finish!r}; it must be a function")
         drafts = self._draft_tokens(use_mtp, num_draft_tokens)
         text = TextStream(self._require_tokenizer(), wanted.stop)
         request = self.engine.submit(ids, wanted, num_draft_tokens=drafts, priority=priority)
-        return _stream(request, self.engine.outputs(request), text, on_finish)
+        engine = self.engine
+        pieces = _stream(request, engine.outputs(request), text, on_finish)
+        return Stream(pieces, lambda: engine.cancel(request))
 
     def complete(self, prompt: Prompt, **options: Any) -> Result:
         """`stream` to the end."""

@@ -61,6 +61,11 @@ class PageMemory:
             short = missing - self.pool.free_pages
             self.prefixes.give_up(max(short, self.pool.num_pages // 64))
         if missing > self.pool.free_pages:
+            # The begun page would be copied for the tree's sake: rather let the tree forget it.
+            begun = timeline.length // self.pool.page_tokens
+            if begun < len(timeline.pages) and self.prefixes.forget_page(timeline.pages[begun]):
+                missing = timeline.pages_missing(timeline.length + tokens)
+        if missing > self.pool.free_pages:
             return False
         timeline.reserve(timeline.length + tokens)
         return True
@@ -87,20 +92,22 @@ class PageMemory:
         pages, count = self.prefixes.find(tokens, request.salt)
         pages = [self.pool.share(page) for page in pages[: count // size]]
         key = store.first_key(request.salt)
-        for number in range((len(tokens) - 1) // size):
-            key = store.next_key(key, tokens[number * size : (number + 1) * size])
-            if number < len(pages):
-                continue
-            if self.pool.free_pages < 2 and not self.prefixes.give_up(self.pool.num_pages // 64 + 1):
-                break
-            page = self.pool.take()
-            pages.append(page)
-            if not store.load(key, self.pool, page):
-                self.pool.drop(pages.pop())
-                break
-        self.prefixes.add(tokens[: len(pages) * size], pages, request.salt)
-        for page in pages:
-            self.pool.drop(page)
+        try:
+            for number in range((len(tokens) - 1) // size):
+                key = store.next_key(key, tokens[number * size : (number + 1) * size])
+                if number < len(pages):
+                    continue
+                if self.pool.free_pages < 2 and not self.prefixes.give_up(self.pool.num_pages // 64 + 1):
+                    break
+                page = self.pool.take()
+                pages.append(page)
+                if not store.load(key, self.pool, page):
+                    self.pool.drop(pages.pop())
+                    break
+            self.prefixes.add(tokens[: len(pages) * size], pages, request.salt)
+        finally:
+            for page in pages:
+                self.pool.drop(page)
 
     def _keep(self, request: Request, store: PageStore) -> None:
         """Write the request's whole pages to the folder."""

@@ -117,6 +117,13 @@ class PrefixTree:
                 self._forget(leaf)
         return self.pool.free_pages - before
 
+    def forget_page(self, page: int) -> bool:
+        """Forget a leaf by its page; was there one?"""
+        leaf = next((n for n in self._leaves() if n.page == page), None)
+        if leaf is not None:
+            self._forget(leaf)
+        return leaf is not None
+
     def clear(self) -> None:
         """Forget everything."""
         for root in self._roots.values():

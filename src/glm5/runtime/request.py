@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 
 from glm5.config import ModelConfig
@@ -160,7 +161,8 @@ class Request:
         """What came of it. Raises what ended it where something failed."""
         if self.error is not None:
             raise self.error
-        assert self.finish_reason is not None
+        if self.finish_reason is None:
+            raise RequestError("the request has not finished; run the engine, or read its outputs to the end")
         return Result(list(self.output_ids), self.finish_reason, self.statistics, text, list(self.choices))
 
 
@@ -171,7 +173,14 @@ def checked(
 
     Raises RequestError with the numbers: an empty prompt, an id out of range, too long a request.
     """
-    ids = [int(token) for token in prompt_ids]
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"params is {params!r}; it must be SamplingParams(...)")
+    try:
+        ids = [index(token) for token in prompt_ids] if not isinstance(prompt_ids, str | bytes) else None
+    except TypeError:
+        ids = None
+    if ids is None:
+        raise RequestError(f"{where} is {str(prompt_ids)[:60]!r}; it must be a list of token ids")
     if not ids:
         raise RequestError(f"{where} is empty; give at least one token")
     wrong = next((token for token in ids if not 0 <= token < config.vocab_size), None)

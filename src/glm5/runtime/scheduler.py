@@ -113,7 +113,7 @@ class Scheduler:
 
     def submit(self, task: Task) -> None:
         """Raises QueueFullError."""
-        if len(self.waiting) >= self.limits.max_queue:
+        if self.is_full:
             raise QueueFullError(f"{len(self.waiting)} requests wait already; try again later")
         self.waiting.append(task)
 
@@ -122,6 +122,11 @@ class Scheduler:
         for line in (self.waiting, self.running):
             if task in line:
                 line.remove(task)
+
+    @property
+    def is_full(self) -> bool:
+        """Would another request be refused?"""
+        return len(self.waiting) >= self.limits.max_queue
 
     @property
     def idle(self) -> bool:

@@ -11,7 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
+import time
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,8 @@ from glm5.runtime.cache import PagePool
 LAYOUT = 1
 _ABOUT = "cache.json"
 _END = ".page"
+_OLD = 3600  # seconds after which a temporary file is nobody's
+_LOOK = 32  # pages written between two looks at what others wrote
 _log = logging.getLogger(__name__)
 
 
@@ -47,17 +52,21 @@ class PageStore:
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             about = directory / _ABOUT
-            if about.exists():
+            if about.exists() and about.stat().st_size > 0:  # an empty one is what a power cut leaves
                 self._check(about)
-            elif any(directory.iterdir()):
-                raise RequestError(f"{directory}: is not empty and no cache folder; give another")
             else:
-                _write(about, json.dumps({"glm5_cache": self.fingerprint}).encode())
+                others = [p.name for p in directory.iterdir() if not p.name.endswith((".tmp", _END, _ABOUT))]
+                if others:
+                    raise RequestError(f"{directory}: is not empty and no cache folder; give another")
+                _write(about, json.dumps({"glm5_cache": self.fingerprint}).encode(), durable=True)
             for path in directory.glob(".*.tmp"):
-                path.unlink(missing_ok=True)
-            self._bytes = sum(path.stat().st_size for path in directory.glob(f"*{_END}"))
-        except OSError as error:
-            raise RequestError(f"{error.filename or directory}: {error.strerror}") from None
+                with suppress(OSError):  # another process may be writing a young one
+                    if time.time() - path.stat().st_mtime > _OLD:
+                        path.unlink()
+            self._bytes, self._written = sum(size for _, size, _ in self._files()), 0
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+            name = getattr(error, "filename", None) or directory
+            raise RequestError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
 
     def _check(self, about: Path) -> None:
         found = read_json(about, error=RequestError).get("glm5_cache")
@@ -81,13 +90,15 @@ class PageStore:
         path = self._path(key)
         try:
             content = path.read_bytes()
-            os.utime(path)
         except OSError:
             return False
+        with suppress(OSError):  # a folder that may be read only
+            os.utime(path)
         buffers = _views(pool, page)
         sizes = [buffer.nbytes for buffer in buffers]
         if len(content) != 8 + sum(sizes) or content[:8] != xxhash.xxh3_64_digest(content[8:]):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
             return False
         at = 8
         for buffer, size in zip(buffers, sizes, strict=True):
@@ -101,6 +112,10 @@ class PageStore:
         if not self.writes or (not anew and path.exists()):
             return
         body = b"".join(buffer.tobytes() for buffer in _views(pool, page))
+        if len(body) + 8 > self.max_bytes:
+            self.writes = False
+            _log.warning(f"{self.directory}: a page of {len(body):,} bytes is more than the folder may hold")
+            return
         try:
             self._make_room(len(body) + 8)
             self._bytes += 0 if path.exists() else len(body) + 8
@@ -110,17 +125,29 @@ class PageStore:
             _log.warning(f"{self.directory}: {error.strerror}; nothing more is kept there")
 
     def _make_room(self, wanted: int) -> None:
+        self._written += 1
+        if self._bytes + wanted <= self.max_bytes and self._written % _LOOK:
+            return
+        files = self._files()  # other processes write there too
+        self._bytes = sum(size for _, size, _ in files)
         if self._bytes + wanted <= self.max_bytes:
             return
-        files = sorted((path.stat().st_mtime_ns, path) for path in self.directory.glob(f"*{_END}"))
-        self._bytes = sum(path.stat().st_size for _, path in files)
         # A little more than is wanted, so that not every page looks through the folder.
         goal = self.max_bytes - wanted - self.max_bytes // 16
-        for _, path in files:
+        for _, size, path in files:
             if self._bytes <= goal:
                 break
-            self._bytes -= path.stat().st_size
+            self._bytes -= size
             path.unlink(missing_ok=True)
+
+    def _files(self) -> list[tuple[int, int, Path]]:
+        """(time, size, path) of every page, the one that was not asked for longest first."""
+        found = []
+        for path in self.directory.glob(f"*{_END}"):
+            with suppress(FileNotFoundError):  # another process made room
+                about = path.stat()
+                found.append((about.st_mtime_ns, about.st_size, path))
+        return sorted(found)
 
     def _path(self, key: bytes) -> Path:
         return self.directory / f"{key.hex()}{_END}"
@@ -135,12 +162,15 @@ def _bytes(values: Tensor) -> np.ndarray:
     return values.flatten().view(torch.uint8).numpy()
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all, for the user alone. What a power cut leaves is found by its sum."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _write(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Whole or not at all, for the user alone. What a power cut leaves of a page is found by its sum."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
             file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
