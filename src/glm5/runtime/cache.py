@@ -136,12 +136,12 @@ class Sequence:
 
     def pages_missing(self, tokens: int) -> int:
         """How many pages `reserve` would take."""
-        size = self.pool.page_tokens
-        more = max(0, -(-tokens // size) - len(self.pages))
+        size, pages = self.pool.page_tokens, self.pages
         begun = self.length // size
-        is_shared = (
-            tokens > self.length and begun < len(self.pages) and self.pool.references[self.pages[begun]] > 1
-        )
+        if begun < len(pages) and tokens <= len(pages) * size and self.pool.references[pages[begun]] == 1:
+            return 0
+        more = max(0, -(-tokens // size) - len(pages))
+        is_shared = tokens > self.length and begun < len(pages) and self.pool.references[pages[begun]] > 1
         return more + is_shared
 
     def reserve(self, tokens: int) -> None:

@@ -6,6 +6,7 @@ for a request drives the steps, so that several threads share one batch and noth
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -233,11 +234,17 @@ class Engine:
             if self._stepping:
                 raise RequestError("a step cannot run inside of a step")
             self._stepping = True
+            # What a step makes is gone at its end. To look through all that torch holds in its middle takes
+            # 90 ms, as long as 300 tokens of a small model.
+            collects = gc.isenabled()
+            gc.disable()
             try:
                 with torch.inference_mode():
                     return self._step()
             finally:
                 self._stepping = False
+                if collects:
+                    gc.enable()
 
     def _step(self) -> bool:
         self._drop_cancelled()

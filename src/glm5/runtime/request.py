@@ -111,7 +111,8 @@ class Request:
 
     @property
     def is_decoding(self) -> bool:
-        return self.pending == 1
+        timeline = self.timeline  # asked of every request in every step
+        return timeline is not None and len(self.tokens) - timeline.length == 1
 
     @property
     def drafts(self) -> int:

@@ -138,27 +138,30 @@ class Scheduler:
         self._decode(plan)
         if self.preemptions == before or not self.running:  # what has just let go does not come back at once
             self._admit(plan)
-        room = self.limits.step_tokens if plan.work else self.limits.prefill_tokens
-        self._prefill(plan, [t for t in self.running if not t.is_decoding], max(room - plan.tokens, 0))
+        if len(plan.work) < len(self.running):
+            room = self.limits.step_tokens if plan.work else self.limits.prefill_tokens
+            reading = [task for task in self.running if not task.is_decoding]
+            self._prefill(plan, reading, max(room - plan.tokens, 0))
         if not plan.work and self.running:  # nobody fits beside the others: the first alone
             self._make_room(plan)
         return plan
 
     def _decode(self, plan: Plan) -> None:
+        reserve, work = self._memory.reserve, plan.work
         before = self.preemptions
         for task in [t for t in self.running if t.is_decoding]:
             if self.preemptions > before and task not in self.running:
                 continue  # it let go for one before it
             drafts = task.drafts
-            if drafts and not self._memory.reserve(task, 1 + drafts):
+            if drafts and not reserve(task, 1 + drafts):
                 drafts = 0
-            while not self._memory.reserve(task, 1 + drafts):
+            while not reserve(task, 1 + drafts):
                 last = self.running[-1]
                 self._preempt(last)
                 if last is task:
                     break
             else:
-                plan.work.append((task, 1, drafts))
+                work.append((task, 1, drafts))
 
     def _prefill(self, plan: Plan, tasks: list[Task], room: int) -> int:
         """Share out `room` tokens; returns how many were used."""
@@ -188,6 +191,8 @@ class Scheduler:
         return count
 
     def _admit(self, plan: Plan) -> None:
+        if not self.waiting:
+            return
         for task in _in_order(self.waiting):
             if len(self.running) >= self.limits.max_sequences:
                 return
