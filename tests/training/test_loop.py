@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ from glm5.training.loop import StepResult, Trainer
 from glm5.training.progress import Report
 from glm5.training.snapshots import list_snapshots, remove_unfinished, save_snapshot
 from tests.training.corpus_fixture import tiny_recipe
+
+
+@pytest.fixture(autouse=True)
+def hears_hangups() -> Iterator[None]:
+    """Under nohup these tests would be told that nobody minds."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def losses_of(run: Path) -> list[float]:
