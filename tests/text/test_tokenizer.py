@@ -467,6 +467,13 @@ def test_named_templates_without_a_default_are_told(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(TokenizerError, match="chat_template has tool_use and no default"):
         Tokenizer.from_pretrained(tmp_path)
+    config["chat_template"] += [{"name": "default", "template": "plain {{ messages[0].content }}"}]
+    config["chat_template"][0]["template"] = "with {{ tools[0].function.name }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, asked = Tokenizer.from_pretrained(tmp_path), [{"role": "user", "content": "hi"}]
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+    assert tokenizer.apply_chat_template(asked, tokenize=False) == "plain hi"
+    assert tokenizer.apply_chat_template(asked, tools=tools, tokenize=False) == "with look_up"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from glm5.model.transformer import GlmForCausalLM
 BAND_BYTES = 64 << 20
 _SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja", "vocab.json", "merges.txt", "LICENSE", "glm5_chat.json",
+    "chat_template.jinja", "vocab.json", "merges.txt", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE",
+    "glm5_chat.json",
 )  # fmt: skip
 _SIDE_BYTES = 256 << 20
 

@@ -117,6 +117,7 @@ class Tokenizer:
         self.config = dict(config or {})
         self.chat_template = chat_template
         self.thinks = True  # does a chat begin with reasoning when nobody says?
+        self.tool_template: str | None = None  # another template for chats with tools, an older habit
         self.source = source
         self.dialect = dialect or (known_dialect(chat_template) if chat_template else None)
         self._text_backend = _without_added_tokens(backend)
@@ -153,9 +154,12 @@ class Tokenizer:
             reason = " ".join(str(error).split())[:200]
             raise TokenizerError(f"{path}: not a tokenizer: {reason}; download it again") from None
         config = _read_config(directory / CONFIG_FILE)
-        template = _read_template(directory / TEMPLATE_FILE, config.pop("chat_template", None))
+        configured = config.pop("chat_template", None)
+        template = _read_template(directory / TEMPLATE_FILE, configured)
         tokenizer = cls(backend, config=config, chat_template=template, dialect=dialect, source=str(path))
         tokenizer.thinks = _thinks(directory / MODEL_CONFIG_FILE)
+        if not (directory / TEMPLATE_FILE).exists():
+            tokenizer.tool_template = _named(configured).get("tool_use")
         if template is not None and tokenizer.dialect is None:
             logger.warning(
                 "%s: chat template %s is not one that glm5 knows; it will run in a sandbox, "
@@ -455,7 +459,7 @@ class Tokenizer:
         """
         if enable_thinking is None:
             enable_thinking = self.thinks
-        if self.dialect is None:
+        if self.dialect is None or (tools and self.tool_template is not None):
             options = extra | {
                 "add_generation_prompt": add_generation_prompt,
                 "enable_thinking": enable_thinking,
@@ -491,7 +495,8 @@ class Tokenizer:
         options: Mapping[str, Any],
     ) -> list[Piece]:
         source = str(Path(self.source).with_name(TEMPLATE_FILE))
-        if self.chat_template is None:
+        template = self.tool_template if tools and self.tool_template is not None else self.chat_template
+        if template is None:
             raise TemplateError(f"{source}: there is no chat template; pass dialect= ({', '.join(DIALECTS)})")
         named = {
             f"{kind}_token": _token_name(self.config.get(f"{kind}_token")) for kind in ("bos", "eos", "pad")
@@ -501,9 +506,7 @@ class Tokenizer:
             raise TemplateError(f"apply_chat_template: {refused} is not supported; leave it out")
         given = {key: value for key, value in named.items() if value}
         given |= {key: value for key, value in options.items() if value is not None}
-        return render_own(
-            self.chat_template, messages, tools, given, control_tokens=self.control_ids, source=source
-        )
+        return render_own(template, messages, tools, given, control_tokens=self.control_ids, source=source)
 
 
 class StreamDecoder:
@@ -573,6 +576,13 @@ def _tensor(rows: list[list[int]], kind: str) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
+def _named(configured: Any) -> dict[str, str]:
+    """The templates of a list of named ones."""
+    each = configured if isinstance(configured, list) else []
+    pairs = [(t.get("name"), t.get("template")) for t in each if isinstance(t, dict)]
+    return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
+
+
 def _thinks(path: Path) -> bool:
     """What config.json says under `glm5_chat`, a key of ours that other readers pass over."""
     try:
@@ -602,7 +612,7 @@ def _read_template(path: Path, configured: Any) -> str | None:
     if path.exists():
         return read_text(path, limit=_MAX_BYTES[TEMPLATE_FILE], error=TokenizerError)
     if isinstance(configured, list):  # named templates, an older habit
-        named = {t.get("name"): t.get("template") for t in configured if isinstance(t, dict)}
+        named = _named(configured)
         configured = named.get("default")
         if configured is None and named:
             names = ", ".join(sorted(str(name) for name in named))
