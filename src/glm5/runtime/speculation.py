@@ -35,12 +35,13 @@ from glm5.runtime.sampling import Row, choose
 MOST_GUESSES = 4
 _WINDOW = 256  # the MTP layer reads so many of the tokens before an answer
 _GRAM = 3
+_LONG, _REPEATING = 8, 0.9  # so many tokens that came before in this order mostly go on as they did
 _MARGIN = 1.02  # guesses must promise that much more
 _PROBE_FIRST, _PROBE_MOST = 32, 512  # steps between two tries of what does not pay
 _FEW = 8  # tokens that are read by prepared calls
 _KEPT_POSITIONS = 4096
 _WARM = 64  # steps that the MTP layer hears before a try
-_LOOK = 4  # steps between two looks at whether guesses would pay now
+_LOOK = 8  # steps between two looks at whether guesses would pay now
 _PRIOR = {"mtp": 0.6, "lookup": 0.5}
 _COST_OF_A_ROW = 0.25  # of a step, until it is measured
 
@@ -194,6 +195,8 @@ class Speculator:
             if kind == "mtp" and draft.timeline is None:
                 continue
             rate, tokens = draft.rates[kind].value, 1.0
+            if kind == "lookup" and self._repeats(request):
+                rate = max(rate, _REPEATING)
             for guesses in range(1, longest + 1):
                 tokens += rate**guesses
                 speed = tokens / (self.costs.step(sequences, guesses) + guesses * each)
@@ -219,6 +222,12 @@ class Speculator:
         draft.indexed = max(draft.indexed, len(tokens))
         at = draft.grams.get(tuple(tokens[-_GRAM:])) if len(tokens) > _GRAM else None
         return [] if at is None else tokens[at : at + count]
+
+    def _repeats(self, request: Request) -> bool:
+        """Is not only the last look-up's three tokens, but a longer stretch, the same as before?"""
+        tokens = request.tokens
+        at = request.draft.grams.get(tuple(tokens[-_GRAM:]), 0)
+        return at >= _LONG and tokens[at - _LONG : at] == tokens[-_LONG:]
 
     def _guess_by_mtp(self, wanted: list[tuple[Request, int]]) -> None:
         """All requests together, one guess after the other; the timelines forget the guesses again."""
