@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -220,6 +221,14 @@ def test_a_conversation_is_saved_and_loaded(
     assert (other.params["top_p"], other.enable_thinking) == (0.5, False)
     run_command(other, "/clear")
     assert other._turns == []
+    (tmp_path / "link").symlink_to(path)
+    run_command(other, f"/save {tmp_path / 'link'}")
+    assert (tmp_path / "link").is_symlink()
+    assert '"messages": []' in path.read_text("utf-8")
+    os.mkfifo(tmp_path / "fifo")
+    assert (
+        run_command(other, f"/save {tmp_path / 'fifo'}") == f"error: {tmp_path / 'fifo'}: is no regular file"
+    )
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,13 @@ class ChatSession:
     # ---------------------------------------------------------------- files
 
     def save(self, path: Path) -> None:
-        """Write the conversation as JSON: messages, system message, settings."""
+        """Write the conversation as JSON: messages, system message, settings. A link is followed.
+
+        Raises RequestError where something that is no file stands there, and OSError.
+        """
+        path = path.resolve() if path.is_symlink() else path
+        if path.exists() and not path.is_file():
+            raise RequestError(f"{path}: is no regular file")
         content = {
             "messages": self._turns,
             "system": self.system,

@@ -35,14 +35,7 @@ class FusedLayer(Movable, DecoderLayer):
     """
 
     def __init__(self, layer: DecoderLayer) -> None:
-        DecoderLayer.__init__(
-            self,
-            layer.index,
-            layer.self_attn,
-            layer.mlp,
-            layer.input_layernorm,
-            layer.post_attention_layernorm,
-        )
+        DecoderLayer.__init__(self, *layer.parts())
 
     @property
     def handle(self) -> cpu.DecoderLayer | None:

@@ -27,14 +27,7 @@ class GpuLayer(Movable, DecoderLayer):
     """The layer it takes the place of, with other attention where its input is on a GPU."""
 
     def __init__(self, layer: DecoderLayer) -> None:
-        DecoderLayer.__init__(
-            self,
-            layer.index,
-            layer.self_attn,
-            layer.mlp,
-            layer.input_layernorm,
-            layer.post_attention_layernorm,
-        )
+        DecoderLayer.__init__(self, *layer.parts())
 
     def forward(
         self, x_BTD: Tensor, step: Step, selection: Selection | None

@@ -28,6 +28,14 @@ class DecoderLayer(nn.Module):
         self.self_attn, self.mlp = self_attn, mlp
         self.input_layernorm, self.post_attention_layernorm = input_layernorm, post_attention_layernorm
 
+    def parts(
+        self,
+    ) -> tuple[
+        int, MultiHeadLatentAttention | GroupedQueryAttention, MixtureOfExperts | MLP, RMSNorm, RMSNorm
+    ]:
+        """What `__init__` takes, for a layer that takes the place of this one."""
+        return self.index, self.self_attn, self.mlp, self.input_layernorm, self.post_attention_layernorm
+
     @classmethod
     def of(cls, config: ModelConfig, index: int) -> DecoderLayer:
         """Layer `index` as the config has it; MTP layers are past the last one."""
