@@ -265,8 +265,10 @@ def test_a_damaged_conversation_is_refused_and_changes_nothing(
 
 def test_commands_work_in_a_pipe(session: ChatSession) -> None:
     out, notes = io.StringIO(), io.StringIO()
-    assert run_piped(session, io.StringIO("/set temperature 0.5\nhi\n/hlep\n/bye\nnever\n"), out, notes)
-    assert out.getvalue().count("\n") == 1
+    assert run_piped(session, io.StringIO("/set top_p 0.5\nhi\n/hlep\n/bye\nnever\n"), out, notes)
+    answered = [turn["content"] for turn in session._turns if turn["role"] == "assistant"]
+    assert [f"{text}\n" for text in answered] == [out.getvalue()]
+    assert session.params["top_p"] == 0.5
     assert "/hlep is no command; did you mean /help?" in notes.getvalue()
     assert not run_piped(session, io.StringIO("/set foo 1\n"), out, notes)
 
