@@ -19,15 +19,16 @@ def draft_calls(model: GlmForCausalLM, most: int) -> cpu.DraftCalls | None:
 
     They are kept with the layer, and made anew when its memory may have moved.
     """
-    if not model.mtp or not rows_are_exact(model):
+    mtp: Any = model.mtp_layers()[0] if model.mtp else None
+    if mtp is None or not isinstance(mtp.layer, FusedLayer):
         return None
-    mtp: Any = model.mtp_layers()[0]
-    layer: FusedLayer = mtp.layer
-    found: cpu.DraftCalls | None = layer.kept(f"draft {most}", lambda: (_made(model, mtp, most),))[0]
+    found: cpu.DraftCalls | None = mtp.layer.kept(f"draft {most}", lambda: (_made(model, mtp, most),))[0]
     return found
 
 
 def _made(model: GlmForCausalLM, mtp: Any, most: int) -> cpu.DraftCalls | None:
+    if not rows_are_exact(model):
+        return None
     embedding, head = _matrix(model.model.embed_tokens), _matrix(model.lm_head)
     join = _matrix(mtp.eh_proj)
     if embedding is None or head is None or join is None or mtp.eh_proj.bias is not None:

@@ -335,10 +335,9 @@ class Engine:
                 )
             begin += size
         self._settle(work)
-        decoding = [(r, d) for r, _, d in work if r.is_decoding and not r.finished]
         if all(count == 1 for _, count, _ in work) and len({d for _, _, d in work}) == 1:
             self.speculator.costs.note("step", len(work), work[0][2], self._clock() - started)
-        guessing = [r for r, _ in decoding if r.num_draft_tokens != 0]
+        guessing = [r for r, _, _ in work if r.is_decoding and not r.finished and r.num_draft_tokens != 0]
         asked = any(r.num_draft_tokens for r in guessing)
         if guessing and (asked or not self.speculator.rests()):
             self.speculator.guess(guessing)

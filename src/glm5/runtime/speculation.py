@@ -259,7 +259,8 @@ class Speculator:
             draft.hidden, draft.waiting = [], 0
         out = self._read(drafts, counts, following, hidden)
         out = out[torch.tensor(counts).cumsum(0) - 1]
-        for _ in range(max(count for _, count in fitting)):
+        wanted_of = {id(request): count for request, count in fitting}
+        for _ in range(max(wanted_of.values())):
             rows = [Row(request.sampler, tuple(request.guesses)) for request in requests]
             chosen = choose(self.model.lm_head(out.unsqueeze(0))[0], rows)
             going = []
@@ -267,7 +268,7 @@ class Speculator:
                 if isinstance(choice, Glm5Error):
                     continue  # the checked step will say so
                 request.guesses.append(choice.token)
-                if len(request.guesses) < dict((id(r), c) for r, c in fitting)[id(request)]:
+                if len(request.guesses) < wanted_of[id(request)]:
                     going.append(place)
             if not going:
                 break

@@ -33,6 +33,20 @@ constexpr int kPartial = C == Codes::int8 && Block == 64 ? 8 : 16;
 GLM5_INLINE inline void fetch_far(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
 GLM5_INLINE inline void fetch_near(const uint8_t* at) { __builtin_prefetch(at, 0, 3); }
 
+// The sums of the blocks in eight 64-byte chunks of weights, kBlocks in each: 8, 16 or 32 of them.
+template <int kBlocks>
+GLM5_INLINE inline void block_sums(const I32x16 (&acc)[8], I32x16 (&sums)[2]) {
+  static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4);
+  if constexpr (kBlocks == 2) {
+    sums[0] = sum_halves(acc);
+  } else {
+    I32x8 q[4];
+    sum_quarters(acc, q);
+    if constexpr (kBlocks == 4) interleave4(q, sums);
+    else sums[0] = widen8(add8(add8(q[0], q[1]), add8(q[2], q[3])));
+  }
+}
+
 // Eight chunks of a weight row with T activation rows, added to 16 partial sums each. Reading a row
 // as one plain stream is what the machine's own prefetching is built for.
 template <Codes C, int Block, int T, bool Whole>
@@ -67,14 +81,7 @@ GLM5_INLINE inline void eight_chunks(const uint8_t* from, const uint8_t* far, in
   each<kVectors>([&](auto v) GLM5_INLINE { scales[v] = block_scales(block_scale, row, first + 16 * v); });
   each<T>([&](auto t) GLM5_INLINE {
     I32x16 sums[2];
-    if constexpr (kBlocks == 2) {
-      sums[0] = sum_halves(acc[t]);
-    } else {
-      I32x8 q[4];
-      sum_quarters(acc[t], q);
-      if constexpr (kBlocks == 4) interleave4(q, sums);
-      if constexpr (kBlocks == 1) sums[0] = widen8(add8(add8(q[0], q[1]), add8(q[2], q[3])));
-    }
+    block_sums<kBlocks>(acc[t], sums);
     each<kVectors>([&](auto v) GLM5_INLINE {
       const int at = first + 16 * v;
       // Past the last block the scale is 0, so that what was read there adds nothing.
@@ -231,14 +238,7 @@ void narrow_rows(const Matrix& m, int r0, int r1, const QuantizedRows& x, const 
     });
     each<T>([&](auto t) GLM5_INLINE {
       I32x16 sums[2];
-      if constexpr (kBlocks == 2) {
-        sums[0] = sum_halves(acc[t]);
-      } else {
-        I32x8 q[4];
-        sum_quarters(acc[t], q);
-        if constexpr (kBlocks == 4) interleave4(q, sums);
-        else sums[0] = widen8(add8(add8(q[0], q[1]), add8(q[2], q[3])));
-      }
+      block_sums<kBlocks>(acc[t], sums);
       float* to = out + static_cast<size_t>(t) * ldo + static_cast<size_t>(row - r0);
       alignas(64) float terms[32];
       each<kVectors>([&](auto v) GLM5_INLINE {
